@@ -1,0 +1,243 @@
+"""What an adapter offers to the round engine: a store of parameters, and the layout that must not change.
+
+Nothing here knows a framework. An adapter's store reads its model into owned numpy arrays and writes arrays back in
+place; the layout says which position of the archive is which parameter.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, Union
+
+import numpy as np
+
+from branchkey_integrations.errors import ConfigurationError, LayoutError
+
+#: Largest finite value of each float type that numpy lacks (ml_dtypes and torch agree on them).
+_LARGEST: dict[str, float] = {"bfloat16": 3.3895313892515355e38, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
+_SHOWN_DIFFERENCES = 5
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """Describe one layer: the user's name for it, its shape, and the dtype it has in the model (``float32``, ``bfloat16``)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype}{list(self.shape)}"
+
+    @property
+    def largest(self) -> float:
+        """Largest finite value that the dtype holds."""
+        if self.dtype in _LARGEST:
+            return _LARGEST[self.dtype]
+        kind = np.dtype(self.dtype)
+        return (
+            float(np.finfo(kind).max) if kind.kind in "fc" else float(np.iinfo(kind).max) if kind.kind in "iu" else 1.0
+        )
+
+    @property
+    def is_float(self) -> bool:
+        """Tell whether the layer holds real floating-point numbers."""
+        return self.dtype in _LARGEST or np.dtype(self.dtype).kind == "f"
+
+
+class HasShape(Protocol):
+    """Anything with a shape and a dtype: an array, or the header of one in an archive."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Length of each axis."""
+        ...
+
+    @property
+    def dtype(self) -> Any:
+        """A dtype that numpy understands."""
+        ...
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Say which layer stands at which position; two layouts are equal when every name, shape and dtype is."""
+
+    layers: tuple[LayerSpec, ...]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __iter__(self) -> Iterator[LayerSpec]:
+        return iter(self.layers)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) over the ordered names, shapes and dtypes."""
+        text = json.dumps(
+            [[layer.name, list(layer.shape), layer.dtype] for layer in self.layers], separators=(",", ":")
+        )
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+    def differences(self, other: Layout) -> list[str]:
+        """Describe, a line each, what changed from this layout to ``other``."""
+        lines = []
+        if len(self) != len(other):
+            lines.append(f"{len(self)} layers became {len(other)}")
+        for index, (mine, theirs) in enumerate(zip(self.layers, other.layers)):
+            if mine != theirs:
+                lines.append(f"layer_{index} was {mine}, is {theirs}")
+        return lines
+
+    def require_same(self, other: Layout) -> None:
+        """Demand that ``other`` is this layout.
+
+        Raises:
+            LayoutError: names the first layers that differ.
+        """
+        lines = self.differences(other)
+        if lines:
+            more = f" (and {len(lines) - _SHOWN_DIFFERENCES} more)" if len(lines) > _SHOWN_DIFFERENCES else ""
+            raise LayoutError(
+                what="layout of the model",
+                expected="the same layers in every round",
+                found="; ".join(lines[:_SHOWN_DIFFERENCES]) + more,
+                fix="Keep the model and the selection of parameters as they were in the first round",
+            )
+
+    def check_headers(self, headers: Sequence[HasShape]) -> None:
+        """Demand that the layers fit by count, shape and kind of dtype.
+
+        Raises:
+            LayoutError: names the first layer that does not fit, what was expected and what was found.
+        """
+        if len(headers) != len(self):
+            raise LayoutError(
+                what="aggregate",
+                expected=f"{len(self)} layers",
+                found=f"{len(headers)}",
+                fix="All leaves of a branch need the same model and the same choice of parameters",
+            )
+        for index, (layer, header) in enumerate(zip(self.layers, headers)):
+            dtype = np.dtype(header.dtype)
+            if tuple(header.shape) != layer.shape:
+                raise LayoutError(
+                    what=f"layer_{index} ({layer.name})",
+                    expected=f"shape {layer.shape}",
+                    found=f"shape {tuple(header.shape)}",
+                    fix="All leaves of a branch need the same model",
+                )
+            if dtype.kind not in ("fiub" if layer.is_float else "iub"):
+                raise LayoutError(
+                    what=f"layer_{index} ({layer.name})",
+                    expected=f"numbers that can become {layer.dtype}",
+                    found=f"dtype {dtype}",
+                    fix="All leaves of a branch need the same model",
+                )
+
+    def check_range(self, index: int, array: np.ndarray) -> None:
+        """Demand that no finite value of layer ``index`` is too large for the dtype of its parameter.
+
+        Raises:
+            LayoutError: names the layer, the largest value allowed and the one found. NaN and inf are the gate's business.
+        """
+        layer = self.layers[index]
+        if array.size == 0:
+            return
+        if layer.is_float and array.dtype.kind == "f" and np.finfo(array.dtype).max <= layer.largest:
+            return
+        extreme = float(np.max(np.abs(array), initial=0.0, where=np.isfinite(array)))
+        if extreme > layer.largest:
+            raise LayoutError(
+                what=f"layer_{index} ({layer.name})",
+                expected=f"values up to {layer.largest:g}, the largest {layer.dtype}",
+                found=f"{extreme:g}",
+                fix="The value would become infinite in this model; nothing was loaded",
+            )
+
+    def check(self, arrays: Sequence[np.ndarray]) -> None:
+        """Demand that ``arrays`` can be written into this layout without broadcasting, truncating or overflowing."""
+        self.check_headers(arrays)
+        for index, array in enumerate(arrays):
+            self.check_range(index, array)
+
+
+class ParameterStore(Protocol):
+    """Read and write the federated parameters of one live model."""
+
+    def layout(self) -> Layout:
+        """Describe the selected parameters in order, from the model as it is now."""
+        ...
+
+    def read(self) -> list[np.ndarray]:
+        """Copy the selected parameters out, in layout order, as arrays that nothing else refers to.
+
+        Types that numpy lacks (bfloat16, float8) come widened to float32, exactly.
+        """
+        ...
+
+    def write(self, arrays: Sequence[np.ndarray]) -> None:
+        """Copy ``arrays`` into the parameters in place: all of them, or none and an error.
+
+        Raises:
+            LayoutError: count, shape, dtype or range does not fit; nothing was written.
+        """
+        ...
+
+
+Selection = Union[str, Sequence[str], Callable[[str, Any], bool]]
+
+
+@dataclass(frozen=True)
+class Selector:
+    """Decide which parameters are federated.
+
+    Args:
+        selection: ``"all"``, ``"trainable"``, one glob pattern, several, or ``f(name, tensor) -> bool``. Patterns match
+            the whole name, case-sensitively: ``"encoder.*"``, ``["*.lora_*", "head.bias"]``.
+    """
+
+    selection: Selection = "all"
+
+    def __post_init__(self) -> None:
+        chosen = self.selection
+        is_patterns = (
+            isinstance(chosen, Sequence)
+            and not isinstance(chosen, (str, bytes))
+            and bool(chosen)
+            and all(isinstance(pattern, str) and pattern for pattern in chosen)
+        )
+        if not (callable(chosen) or (isinstance(chosen, str) and chosen) or is_patterns):
+            raise ConfigurationError(
+                what="parameters",
+                expected='"all", "trainable", glob patterns or f(name, tensor) -> bool',
+                found=repr(chosen),
+                fix='Pass for example parameters="trainable" or parameters=["encoder.*"]',
+            )
+
+    def __call__(self, name: str, tensor: Any, trainable: bool) -> bool:
+        """Tell whether the parameter ``name`` is federated."""
+        chosen = self.selection
+        if callable(chosen):
+            return bool(chosen(name, tensor))
+        if chosen == "all":
+            return True
+        if chosen == "trainable":
+            return trainable
+        patterns = [chosen] if isinstance(chosen, str) else chosen
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+    def require_some(self, count: int, names: Sequence[str]) -> None:
+        """Demand that the selection kept at least one parameter of ``names``."""
+        if count == 0:
+            some = ", ".join(names[:_SHOWN_DIFFERENCES]) + (", …" if len(names) > _SHOWN_DIFFERENCES else "")
+            raise ConfigurationError(
+                what=f"parameters={self.selection!r}" if not callable(self.selection) else "parameters (your function)",
+                expected="at least one parameter of the model",
+                found=f"none among {len(names)} ({some})" if names else "a model without parameters",
+                fix="Correct the selection, or build the model first",
+            )
