@@ -1,0 +1,58 @@
+"""Keep secrets and presigned URLs out of log records that other libraries write while they work for us."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+# Only records written inside our own requests are touched; the user's other traffic is none of our business.
+_active: contextvars.ContextVar[bool] = contextvars.ContextVar("branchkey_redacting", default=False)
+
+
+def without_query(url: str) -> str:
+    """Give scheme, host and path of a URL: what may be shown of a presigned one is its host, so use :func:`host_of`."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{host_of(url)}{parts.path}"
+
+
+def host_of(url: str) -> str:
+    """Give host and port of a URL, without user, password, path and query."""
+    try:
+        parts = urlsplit(url)
+        port = f":{parts.port}" if parts.port else ""
+        return f"{parts.hostname}{port}" if parts.hostname else "an unnamed host"
+    except ValueError:
+        return "an unreadable URL"
+
+
+class _HidePaths(logging.Filter):
+    """Replace every request target in urllib3's debug lines by the word ``<hidden>``."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if _active.get() and isinstance(record.args, tuple):
+            record.args = tuple(
+                "<hidden>" if isinstance(value, str) and ("/" in value or "?" in value) and " " not in value else value
+                for value in record.args
+            )
+            if record.exc_info:
+                record.exc_info = None
+        return True
+
+
+_filter = _HidePaths()
+
+
+@contextlib.contextmanager
+def hidden_targets() -> Iterator[None]:
+    """Hide request targets in urllib3's log records while the block runs in this thread."""
+    for name in ("urllib3.connectionpool", "urllib3.util.retry", "urllib3.connection"):
+        # addFilter adds the same object only once, so this may run for every request.
+        logging.getLogger(name).addFilter(_filter)
+    token = _active.set(True)
+    try:
+        yield
+    finally:
+        _active.reset(token)
