@@ -19,7 +19,7 @@ from branchkey_integrations.archive_values import LayerHeader
 from branchkey_integrations.errors import ArchiveError
 
 #: Kinds and widths that may stand in a layer; wider floats differ from machine to machine.
-DTYPES = frozenset("b1 i1 i2 i4 i8 u1 u2 u4 u8 f2 f4 f8".split())
+DTYPES = frozenset(["b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"])
 #: numpy 1 has no arrays of more axes.
 MAX_AXES = 32
 #: Longest header that is read; those of number arrays take 128 bytes.

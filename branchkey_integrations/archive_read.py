@@ -175,7 +175,7 @@ class Archive(Sequence[np.ndarray]):
             left = layer.header.layer.nbytes
             while left:
                 part = buffer[: min(left, PIECE_BYTES)]
-                stream.fill(memoryview(part))
+                stream.fill(part.data)
                 left -= len(part)
                 if first is None and dtype.kind == "f":
                     values = part.view(dtype.newbyteorder() if swapped else dtype)
@@ -195,7 +195,11 @@ class Archive(Sequence[np.ndarray]):
         try:
             layer = self._open_layer(member, start)
         except ArchiveError:
-            return None  # strings and the like: an extra that is none of ours, not a reason to refuse the layers
+            # Strings and the like are an extra that is none of ours, no reason to refuse the layers; damage is one.
+            stream = self._stream(member, start)
+            stream.skip()
+            stream.finish()
+            return None
         if layer.header.layer.dtype.kind == "b" or layer.header.layer.nbytes != layer.header.layer.dtype.itemsize:
             return None
         value = np.empty(1, layer.header.layer.dtype)
@@ -205,7 +209,7 @@ class Archive(Sequence[np.ndarray]):
     def _unpack(self, layer: _Layer, out: np.ndarray) -> None:
         stream = MemberStream(self._source, layer.member, layer.start)
         stream.take(layer.header.length)
-        stream.fill(memoryview(out.reshape(-1).view(np.uint8)))
+        stream.fill(out.reshape(-1).view(np.uint8).data)
         stream.finish()
 
 

@@ -31,9 +31,13 @@ class ByteSource:
         self._file: Any = None
         self._owned = isinstance(source, (str, os.PathLike))
         try:
-            # Unbuffered: every read here has a size of its own, and a buffer would be thrown away by each seek.
-            self._file = open(source, "rb", buffering=0) if isinstance(source, (str, os.PathLike)) else source
-            self.size = self._file.seek(0, os.SEEK_END)
+            if isinstance(source, (str, os.PathLike)):
+                # Unbuffered: every read has a size of its own, and a buffer would be thrown away by each seek.
+                self._file = open(source, "rb", buffering=0)  # noqa: SIM115 - close() closes it
+            else:
+                self._file = source
+            self._file.seek(0, os.SEEK_END)
+            self.size = int(self._file.tell())  # SpooledTemporaryFile's seek() gives None before Python 3.11
         except OSError as error:
             self.close()
             raise unreadable(self.name, error) from error
@@ -47,25 +51,24 @@ class ByteSource:
 
     def read_at(self, offset: int, count: int) -> bytes:
         """Give exactly ``count`` bytes from ``offset`` on."""
-        buffer = bytearray(count)
-        self.read_into(offset, memoryview(buffer))
-        return bytes(buffer)
-
-    def read_into(self, offset: int, view: memoryview) -> None:
-        """Fill ``view`` with the bytes from ``offset`` on."""
-        done = 0
+        parts = []
         with self._lock:
             if self._file is None:
-                raise ArchiveError(what="archive", expected="an open archive", found="a closed one", fix="Open it again")
+                raise ArchiveError(
+                    what="archive", expected="an open archive", found="a closed one", fix="Open it again"
+                )
             try:
                 self._file.seek(offset)
-                while done < len(view):
-                    count = self._file.readinto(view[done:])
-                    if not count:
+                while count:
+                    # A plain read: what SpooledTemporaryFile and other wrappers offer may be no more than that.
+                    part = self._file.read(count)
+                    if not part:
                         raise broken("a file that ends too early")
-                    done += count
+                    parts.append(part)
+                    count -= len(part)
             except OSError as error:
                 raise unreadable(self.name, error) from error
+        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 class MemberStream:
@@ -78,9 +81,7 @@ class MemberStream:
         feed_bytes: packed bytes read at a time.
     """
 
-    def __init__(
-        self, source: ByteSource, member: Member, start: int, feed_bytes: int = deflate.FEED_BYTES
-    ) -> None:
+    def __init__(self, source: ByteSource, member: Member, start: int, feed_bytes: int = deflate.FEED_BYTES) -> None:
         self._source = source
         self._member = member
         self._at = start
@@ -108,14 +109,14 @@ class MemberStream:
             wanted = min(len(view) - done, PIECE_BYTES)
             part = view[done : done + wanted]
             if self._inflater is None:
-                self._source.read_into(self._at, part)
+                piece = self._source.read_at(self._at, wanted)
                 self._at += wanted
             else:
                 piece = self._unpack(wanted)
-                if not piece:
-                    raise self._broken("data that ends too early")
-                part = part[: len(piece)]
-                part[:] = piece
+            if not piece:
+                raise self._broken("data that ends too early")
+            part = part[: len(piece)]
+            part[:] = piece
             # The piece is still in the processor's cache here.
             self._crc = deflate.crc32(part, self._crc)
             done += len(part)
@@ -145,8 +146,7 @@ class MemberStream:
     def _unpack(self, limit: int) -> bytes:
         """Give 1 to ``limit`` bytes, or none at the end of the stream or of the input."""
         inflater = self._inflater
-        assert inflater is not None
-        while not inflater.eof:
+        while inflater is not None and not inflater.eof:
             if not self._tail and self._at < self._end:
                 count = min(self._feed_bytes, self._end - self._at)
                 self._tail = self._source.read_at(self._at, count)

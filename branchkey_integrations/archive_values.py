@@ -110,3 +110,13 @@ def unreadable(path: object, error: OSError) -> ArchiveError:
         found=error.strerror or type(error).__name__,
         fix="Check the path and the rights on it",
     )
+
+
+def not_finite(what: str) -> ArchiveError:
+    """Say that a layer holds NaN or infinity and must not leave."""
+    return ArchiveError(
+        what=what,
+        expected="finite numbers only",
+        found="NaN or infinity",
+        fix="Training has diverged; skip this round, or lower the learning rate",
+    )

@@ -204,7 +204,9 @@ def _judge(member: Member, limit: int, disk: int) -> None:
         raise broken("data outside the file", what=what)
     most = member.packed_bytes * (1 if member.method == STORED else _MOST_GROWTH)
     if member.raw_bytes > most or (member.method == STORED and member.raw_bytes != member.packed_bytes):
-        raise broken(f"{member.raw_bytes} bytes declared, which {member.packed_bytes} packed ones cannot hold", what=what)
+        raise broken(
+            f"{member.raw_bytes} bytes declared, which {member.packed_bytes} packed ones cannot hold", what=what
+        )
 
 
 def read_local_header(read_at: ReadAt, member: Member) -> int:

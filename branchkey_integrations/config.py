@@ -49,8 +49,13 @@ class Endpoint:
         )
         if not isinstance(url, str):
             raise problem
+        url = url.strip()
+        if any(character.isspace() or not character.isprintable() for character in url):
+            # urlsplit would drop some of these without a word, and lead to another host than the one written.
+            problem.found = "a URL with blanks or control characters in it"
+            raise problem
         try:
-            parts = urlsplit(url.strip())
+            parts = urlsplit(url)
             port = parts.port
         except ValueError:
             problem.found = "a URL that does not parse"
@@ -58,7 +63,10 @@ class Endpoint:
         if parts.username is not None or parts.password is not None:
             problem.found = "a URL with user or password in it"
             raise problem
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        if parts.query or parts.fragment:
+            problem.found = "a URL with a query or fragment"  # which may hold a secret, so it is not shown
+            raise problem
+        if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
             problem.found = repr(url)
             raise problem
         default = 443 if parts.scheme == "https" else 80
@@ -133,7 +141,7 @@ class RetryPolicy:
             )
         for name in ("backoff_s", "backoff_max_s", "budget_s"):
             check_seconds(f"retry {name}", getattr(self, name), zero=True)
-        if not isinstance(self.jitter, (int, float)) or not 0 <= self.jitter <= 1:
+        if not isinstance(self.jitter, (int, float)) or isinstance(self.jitter, bool) or not 0 <= self.jitter <= 1:
             raise ConfigurationError(
                 what="retry jitter",
                 expected="a number from 0 to 1",

@@ -112,7 +112,7 @@ class Credentials:
         """Read credentials from a JSON file that holds the six keys, or them under ``data``."""
         name = os.fspath(path)
         try:
-            text = Path(name).read_text(encoding="utf-8")
+            text = Path(name).read_text(encoding="utf-8-sig")  # some editors put a byte order mark in front
         except (OSError, UnicodeDecodeError) as error:
             reason = (error.strerror or "not readable") if isinstance(error, OSError) else "not UTF-8 text"
             raise CredentialsError(
@@ -123,7 +123,7 @@ class Credentials:
             ) from error
         try:
             content = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             # ``from None``: the decoder's error carries the whole text, and that text holds a secret.
             raise CredentialsError(
                 what=f"credentials file {name!r}", expected="JSON", found="text that is not JSON", fix=_ADVICE

@@ -10,9 +10,11 @@ import zlib
 from typing import Any, Protocol, Union, cast
 
 try:
-    from isal import isal_zlib as _found
+    from isal import isal_zlib
 except ImportError:  # the extra is optional, and has no wheel for some machines
-    _found = None
+    _found: Any = None
+else:
+    _found = isal_zlib
 
 #: The accelerator, or None; looked at on every call, so that tests can take it away.
 _isal: Any = _found

@@ -41,8 +41,12 @@ def _rebuild(cls: type[BranchKeyError], state: dict[str, Any]) -> BranchKeyError
     return error
 
 
+def _flat(text: str) -> str:
+    return " ".join(text.split())
+
+
 def _one_line(text: str) -> str:
-    flat = " ".join(text.split())
+    flat = _flat(text)
     return flat if len(flat) <= _LONGEST_FOUND else flat[: _LONGEST_FOUND - 1] + "…"
 
 
@@ -63,7 +67,7 @@ class BranchKeyError(Exception):
     fix: str = ""
 
     def __str__(self) -> str:
-        text = self.what
+        text = _flat(self.what)
         details = []
         if self.expected:
             details.append(f"expected {_one_line(self.expected)}")
@@ -71,7 +75,7 @@ class BranchKeyError(Exception):
             details.append(f"found {_one_line(self.found)}")
         if details:
             text += ": " + ", ".join(details)
-        return f"{text}. {self.fix}" if self.fix else text
+        return f"{text}. {_flat(self.fix)}" if self.fix else text
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), dict(self.__dict__))

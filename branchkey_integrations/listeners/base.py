@@ -17,6 +17,7 @@ from branchkey_integrations.errors import (
     ConfigurationError,
     NotificationError,
     TLSError,
+    UnreachableError,
 )
 from branchkey_integrations.events import Notification, UnknownNotification, parse_notification
 
@@ -25,7 +26,7 @@ logger = logging.getLogger("branchkey_integrations.listeners")
 OnEvent = Callable[[Notification], None]
 OnFailure = Callable[["BranchKeyError | None"], None]
 
-#: How long ``close`` waits for the thread, in seconds; each state of a listener can be left in less.
+#: Longest that ``close`` takes, in seconds; each state of a listener can be left in less.
 CLOSE_S = 1.9
 #: Shortest pause before a reconnect, in seconds, whatever the retry policy says: a server that hangs up at once would
 #: otherwise be asked for hundreds of tickets a second, as measured on official clients.
@@ -133,6 +134,7 @@ class ThreadedListener(ABC):
 
     def close(self) -> None:
         """Stop within 2 seconds in every state; safe to call twice, and from any thread."""
+        deadline = time.monotonic() + CLOSE_S
         self._stop.set()
         self._settled.set()
         with self._lock:
@@ -140,7 +142,7 @@ class ThreadedListener(ABC):
         if interrupt is not None:
             interrupt()
         if thread is not None and thread is not threading.current_thread():
-            thread.join(CLOSE_S)
+            thread.join(max(0.1, deadline - time.monotonic()))
             if thread.is_alive():
                 # Only name resolution, and the ticket's own HTTP call, cannot be cut short; both have deadlines.
                 logger.warning("%s listener: its thread ends when %s answers or times out", self.name, self._peer)
@@ -164,6 +166,10 @@ class ThreadedListener(ABC):
                 reason: object = "it ended"
             except LostError as error:
                 reason = error
+                if not self._ready_once:
+                    self._first_error = UnreachableError(
+                        what=f"notifications from {self._peer}", expected="a connection that holds", found=str(error)
+                    )
             except BranchKeyError as error:
                 reason = error
                 self._refused(error)

@@ -21,8 +21,8 @@ _SLICE_S = 0.05
 def tls_context(verify: Verify) -> ssl.SSLContext:
     """Make the context for ``verify``: system trust (True), no verification (False) or a CA bundle's path.
 
-    System trust is that of OpenSSL, which honours ``SSL_CERT_FILE`` and ``SSL_CERT_DIR``; ``REQUESTS_CA_BUNDLE`` is added
-    to it, so that one private CA named once counts for HTTP and for notifications.
+    System trust is that of OpenSSL, which honours ``SSL_CERT_FILE`` and ``SSL_CERT_DIR``; what ``requests`` takes
+    from ``REQUESTS_CA_BUNDLE`` or ``CURL_CA_BUNDLE`` is added, so that a private CA named once counts for both.
 
     Raises:
         TLSError: the bundle cannot be read.
@@ -37,7 +37,7 @@ def tls_context(verify: Verify) -> ssl.SSLContext:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
             return context
-        bundle = os.environ.get("REQUESTS_CA_BUNDLE", "")
+        bundle = os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("CURL_CA_BUNDLE") or ""
         if bundle and os.path.exists(bundle):
             folder = os.path.isdir(bundle)
             context.load_verify_locations(cafile=None if folder else bundle, capath=bundle if folder else None)

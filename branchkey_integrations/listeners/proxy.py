@@ -10,7 +10,7 @@ from urllib.parse import SplitResult, unquote, urlsplit
 import requests.utils
 
 from branchkey_integrations.config import Endpoint
-from branchkey_integrations.errors import UnreachableError
+from branchkey_integrations.errors import ConfigurationError, UnreachableError
 
 _LONGEST_ANSWER_BYTES = 64 * 1024
 
@@ -23,10 +23,8 @@ def proxy_for(endpoint: Endpoint, proxies: Mapping[str, str] | None) -> str | No
     """
     url = endpoint.url("/")
     merged = dict(proxies or {})
-    no_proxy = merged.pop("no_proxy", None)
-    if not requests.utils.should_bypass_proxies(url, no_proxy=no_proxy):
-        for scheme, proxy in requests.utils.get_environ_proxies(url, no_proxy=no_proxy).items():
-            merged.setdefault(scheme, proxy)
+    for scheme, proxy in requests.utils.get_environ_proxies(url, no_proxy=merged.pop("no_proxy", None)).items():
+        merged.setdefault(scheme, proxy)
     chosen: str | None = requests.utils.select_proxy(url, merged)
     if not chosen:
         return None
@@ -50,7 +48,7 @@ def tunnel(sock: socket.socket, proxy: SplitResult, endpoint: Endpoint) -> None:
     sock.sendall("\r\n".join([*lines, "", ""]).encode())
     answer = b""
     while b"\r\n\r\n" not in answer:
-        # Byte by byte towards the end would be exact; but a tunnel is silent until we speak, so nothing can be swallowed.
+        # Nothing of the tunnel's own can be swallowed here: behind it all is silent until we speak.
         piece = sock.recv(4096)
         if not piece or len(answer) > _LONGEST_ANSWER_BYTES:
             raise ConnectionError("the proxy hung up")
@@ -66,5 +64,18 @@ def tunnel(sock: socket.socket, proxy: SplitResult, endpoint: Endpoint) -> None:
 
 
 def split(proxy: str) -> SplitResult:
-    """Split a proxy URL; its port defaults to 80 as for any HTTP URL."""
-    return urlsplit(proxy)
+    """Split a proxy URL.
+
+    Raises:
+        ConfigurationError: it has no host, or a port that is none.
+    """
+    try:
+        parts = urlsplit(proxy)
+        if parts.hostname and parts.port != 0:
+            return parts
+    except ValueError:
+        pass
+    # The URL is not shown: it may carry a password.
+    raise ConfigurationError(
+        what="proxies", expected="a URL such as http://proxy.example.com:8080", found="another form", fix="Correct it"
+    )

@@ -31,7 +31,7 @@ def check_optimizers(optimizer: object, tensors: Iterable[Tensor]) -> tuple[torc
         ConfigurationError: none given, no optimizer, LBFGS (it keeps one history for all parameters), or one that holds
             none of the federated parameters.
     """
-    several = optimizer if isinstance(optimizer, (list, tuple)) else (optimizer,)
+    several = optimizer if isinstance(optimizer, (list, tuple)) and optimizer else (optimizer or None,)
     known = {id(tensor) for tensor in tensors}
     for one in several:
         problem = ConfigurationError(

@@ -231,7 +231,8 @@ def _stage(layout: Layout, index: int, tensor: Tensor, array: np.ndarray) -> Ten
             fix="The archive contradicts itself; nothing was loaded",
         )
     if spec.is_float:
-        layout.check_range(index, array)
+        with np.errstate(all="ignore"):  # the limit of a wide type may overflow when it is compared in a narrow one
+            layout.check_range(index, array)
     staged = torch.empty_like(tensor.detach(), device="cpu", requires_grad=False)
     widened = spec.dtype in _WIDENED
     native = torch.empty(spec.shape, dtype=torch.float32) if widened else staged

@@ -1,0 +1,53 @@
+"""``sandbox``: a branch on this machine until Ctrl-C."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import threading
+
+from branchkey_integrations.cli.interrupts import Interrupted, Interrupts
+
+#: Waiting in slices lets a signal be handled at once on every platform.
+_SLICE_S = 3600.0
+
+
+def run_sandbox(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
+    """Serve until SIGINT or SIGTERM, which is the ordinary end and gives status 0.
+
+    Raises:
+        MissingDependencyError, SandboxError: it cannot start.
+    """
+    from branchkey_integrations.sandbox import Sandbox
+
+    print("starting the sandbox" + (" and its broker" if arguments.rabbitmq else "") + " ...", flush=True)
+    sandbox = Sandbox(
+        arguments.leaves,
+        quorum=arguments.quorum,
+        rabbitmq=arguments.rabbitmq,
+        directory=arguments.directory,
+        port=arguments.port,
+    )
+    served = False
+    try:
+        sandbox.open()
+        served = True
+        print(f"url          {sandbox.url}")
+        if sandbox.broker is not None:
+            # Not rabbitmq_url: the administrator's password is in it.
+            print(f"rabbitmq     host {sandbox.broker.host}, port {sandbox.broker.port}")
+        print(f"quorum       {sandbox.quorum} of {len(sandbox.credentials)} leaves")
+        for index in range(len(sandbox.credentials)):
+            print(f"credentials  {os.path.join(sandbox.directory, f'leaf-{index}.json')}")
+        print("running; Ctrl-C ends it", flush=True)
+        ended = threading.Event()
+        while not ended.wait(_SLICE_S):
+            pass
+    except Interrupted:
+        if not served:
+            raise
+    finally:
+        with interrupts.ignored():
+            sandbox.close()
+    print("ended", flush=True)
+    return 0

@@ -1,0 +1,526 @@
+"""The documented client: upload weights, hear of aggregates, download them.
+
+Every line of the platform's client documentation runs against :class:`Client` as it is written there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import re
+import tempfile
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO, NoReturn
+
+import numpy as np
+
+from branchkey_integrations.api import Api, metrics_text
+from branchkey_integrations.archive import (
+    Archive,
+    ArchiveInfo,
+    check_weighting,
+    validate_upload,
+    write_archive,
+)
+from branchkey_integrations.channel import check_kind, open_channel
+from branchkey_integrations.config import (
+    AMQP_PORT,
+    DEFAULT_HOST,
+    Endpoint,
+    RetryPolicy,
+    check_seconds,
+    check_verify,
+)
+from branchkey_integrations.credentials import Credentials, CredentialsSource
+from branchkey_integrations.errors import (
+    ArchiveError,
+    BranchKeyError,
+    ClientClosedError,
+    ConfigurationError,
+    RoundTimeoutError,
+    RunBlockedError,
+)
+from branchkey_integrations.events import (
+    AggregateReady,
+    Mailbox,
+    Notification,
+    RunStatusChanged,
+    check_aggregation_id,
+)
+from branchkey_integrations.transport import Transport
+
+logger = logging.getLogger("branchkey_integrations.client")
+
+#: Archives up to this size are built in memory, larger ones in an unlinked temporary file.
+_IN_MEMORY_BYTES = 32 * 1024 * 1024
+#: How long a wait goes on while the notification channel says that it is refused; a broker that restarts needs some of it.
+_REFUSED_GRACE_S = 30.0
+_SLICE_S = 0.5
+#: The word by which a run takes updates; any other blocks them.
+STARTED = "start"
+STOPPED = "stop"
+
+
+@dataclass(frozen=True)
+class UploadReceipt:
+    """What was sent last: the platform's id for it, its length in bytes, and its ``sha256=…`` digest."""
+
+    file_id: str
+    size_bytes: int
+    digest: str
+
+
+class Client:
+    """Be one leaf of a branch.
+
+    The constructor asks for the run's status and opens the notification channel; when it returns the leaf listens, and when
+    it raises nothing is left running.
+
+    Args:
+        credentials: a mapping with the six strings, the path of a JSON file that holds them, or None for ``BRANCHKEY_*``
+            environment variables.
+        host: base URL of the platform.
+        rbmq_host: host of the RabbitMQ broker; giving one chooses AMQP.
+        rbmq_port: port of the broker; on 5671 TLS is spoken.
+        ssl: True (system trust), False (no verification) or the path of a CA bundle; counts for HTTP, WebSocket and AMQP.
+        wait_for_run: wait in an upload until the run is started, instead of raising :class:`RunBlockedError`.
+        run_check_interval_s: seconds between two questions for the run's status while waiting for it.
+        proxies: as ``requests`` takes them, for HTTP and WebSocket; None means those of the environment.
+        output_dir: where :meth:`file_download` puts aggregates.
+        notifications: ``"auto"``, ``"amqp"`` or ``"websocket"``.
+        retry: how failed requests are repeated.
+        timeout_s: longest stall of a connection, in seconds; bodies may take as long as they move.
+        rbmq_ssl: speak TLS to the broker; None: on port 5671 only.
+
+    Raises:
+        ConfigurationError: an argument cannot work; nothing was sent.
+        AuthenticationError, NotFoundError, ApiError: the platform refused.
+        UnreachableError, TLSError, DeadlineError: the platform or the broker could not be reached.
+        NotificationError: the broker refused the login, or the leaf has no queue.
+    """
+
+    def __init__(
+        self,
+        credentials: CredentialsSource = None,
+        host: str = DEFAULT_HOST,
+        rbmq_host: str | None = None,
+        rbmq_port: int = AMQP_PORT,
+        ssl: bool | str = True,
+        wait_for_run: bool = False,
+        run_check_interval_s: float = 30,
+        proxies: Mapping[str, str] | None = None,
+        *,
+        output_dir: str | os.PathLike[str] = "./aggregated_files",
+        notifications: str = "auto",
+        retry: RetryPolicy | None = None,
+        timeout_s: float = 30.0,
+        rbmq_ssl: bool | None = None,
+    ) -> None:
+        self._credentials = Credentials.load(credentials)
+        self._endpoint = Endpoint.parse(host)
+        verify = check_verify(ssl)
+        check_seconds("timeout_s", timeout_s)
+        check_seconds("run_check_interval_s", run_check_interval_s)
+        kind = check_kind(notifications)
+        _check_retry(retry)
+        if not isinstance(rbmq_port, int) or isinstance(rbmq_port, bool) or not 0 < rbmq_port < 65536:
+            raise ConfigurationError(
+                what="rbmq_port", expected="a port from 1 to 65535", found=repr(rbmq_port), fix="Pass rbmq_port=5672"
+            )
+        if verify is False:
+            warnings.warn(
+                f"ssl=False: nobody checks that {self._endpoint.netloc} is the platform; pass the path of your CA bundle",
+                stacklevel=2,
+            )
+        self.wait_for_run = bool(wait_for_run)
+        self.run_check_interval_s = run_check_interval_s
+        self.output_dir = os.fspath(output_dir)
+        self.last_upload: UploadReceipt | None = None
+        self._mailbox = Mailbox()
+        self._closed = threading.Event()
+        self._run_changed = threading.Event()
+        self._run_number_stale = False
+        self._refused: tuple[float, BranchKeyError] | None = None
+        self._transport = Transport(
+            self._endpoint, self._credentials, verify=verify, proxies=proxies, timeout_s=timeout_s, retry=retry
+        )
+        self._api = Api(self._transport, self._credentials)
+        try:
+            details = self._api.run_details()
+            self._run_status, self._run_number = details.status, details.number
+            self._listener = open_channel(
+                kind,
+                self._api,
+                self._credentials,
+                self._endpoint,
+                amqp_host=rbmq_host,
+                amqp_port=rbmq_port,
+                amqp_tls=rbmq_ssl,
+                verify=verify,
+                proxies=proxies,
+                retry=self._transport.retry,
+                timeout_s=timeout_s,
+                on_event=self._on_event,
+                on_failure=self._on_failure,
+            )
+        except BaseException:
+            self._transport.close()
+            raise
+
+    # --- what the leaf is and how the run stands ---------------------------------------------------------------------
+
+    @property
+    def leaf_id(self) -> str:
+        """Id of this leaf."""
+        return self._credentials.id
+
+    @property
+    def branch_id(self) -> str:
+        """Id of the branch that this leaf belongs to."""
+        return self._credentials.branch_id
+
+    @property
+    def run_status(self) -> str:
+        """Last known status of the run: ``start``, ``pause`` or ``stop``."""
+        return self._run_status
+
+    @property
+    def run_number(self) -> int:
+        """Number of the run; asked for again after the platform has announced a start."""
+        if self._run_number_stale and not self._closed.is_set():
+            try:
+                self._refresh_run()
+            except BranchKeyError as error:
+                logger.warning("the run's number is not known anew: %s", error)
+        return self._run_number
+
+    @property
+    def is_authenticated(self) -> bool:
+        """Whether the platform has accepted these credentials; true from construction until :meth:`close`."""
+        return not self._closed.is_set()
+
+    @property
+    def notifications(self) -> str:
+        """The channel in use: ``amqp`` or ``websocket``."""
+        return self._listener.name
+
+    @property
+    def queue(self) -> Mailbox:
+        """Ids of aggregates that are ready: ``get``, ``get_nowait``, ``empty``. Holds the newest one."""
+        return self._mailbox
+
+    # --- sending -----------------------------------------------------------------------------------------------------
+
+    def save_weights(
+        self, file_path: str | os.PathLike[str], weighting: float, parameters: Iterable[np.ndarray]
+    ) -> str:
+        """Write an update as an NPZ archive and return its path, which ends in ``.npz``.
+
+        Args:
+            file_path: where to; ``.npz`` is added when missing.
+            weighting: influence of this update, above zero: a number of samples, say.
+            parameters: the layers, in the model's order.
+
+        Raises:
+            WeightingError, ArchiveError: the update may not leave as it is; no file was written.
+        """
+        path = os.fspath(file_path)
+        if not path.endswith(".npz"):
+            path += ".npz"
+        write_archive(path, _finite(list(parameters)), check_weighting(weighting))
+        return path
+
+    def convert_pytorch_numpy(
+        self, named_parameters: Iterable[tuple[str, Any]], weighting: float = 1
+    ) -> tuple[float, list[np.ndarray]]:
+        """Copy a model's ``named_parameters()`` into numpy arrays and return them behind the weighting.
+
+        Types that numpy lacks (bfloat16, float8) are widened to float32, exactly.
+        """
+        arrays = []
+        for _, parameter in named_parameters:
+            tensor = parameter.detach().cpu()
+            if str(tensor.dtype).startswith(("torch.bfloat16", "torch.float8")):
+                tensor = tensor.float()
+            # A tensor on the CPU shares its memory with .numpy(); the next optimiser step would change the update.
+            arrays.append(tensor.numpy().copy())
+        return weighting, arrays
+
+    def file_upload(self, file_path: str | os.PathLike[str]) -> str:
+        """Check and send an archive that :meth:`save_weights` (or ``numpy.savez_compressed``) wrote; return its file id.
+
+        Raises:
+            ArchiveError, WeightingError: the file may not leave as it is; nothing was sent.
+            RunBlockedError: the run is paused or stopped and ``wait_for_run`` is False; nothing was sent.
+            UploadUncertainError: the answer was lost; the update may have been received.
+        """
+        info = validate_upload(file_path)
+        with open(file_path, "rb") as file:
+            return self._send(file, info, os.path.basename(os.fspath(file_path)), {})
+
+    def upload(
+        self, arrays: Sequence[np.ndarray], weighting: float, *, metadata: Mapping[str, Any] | None = None
+    ) -> str:
+        """Send layers without leaving a file behind; return the file id. Errors as in :meth:`file_upload`.
+
+        Args:
+            arrays: the layers, in the model's order.
+            weighting: influence of this update, above zero.
+            metadata: JSON values that travel in the upload's metadata.
+        """
+        weight = check_weighting(weighting)
+        size = sum(array.nbytes for array in _finite(arrays))
+        with io.BytesIO() if size <= _IN_MEMORY_BYTES else tempfile.TemporaryFile() as file:
+            info = write_archive(file, arrays, weight)
+            return self._send(file, info, f"{self.leaf_id}.npz", metadata or {})
+
+    def _send(self, file: BinaryIO, info: ArchiveInfo, filename: str, metadata: Mapping[str, Any]) -> str:
+        self._require_started()
+        file_id = self._api.upload(file, info, filename, metadata)
+        self.last_upload = UploadReceipt(file_id, info.size_bytes, info.digest)
+        logger.info("update %s sent: %d bytes", file_id, info.size_bytes)
+        return file_id
+
+    # --- receiving ---------------------------------------------------------------------------------------------------
+
+    def mark(self) -> int:
+        """Give the present moment among arriving aggregates; take it before an upload, see :meth:`wait_for_aggregation`."""
+        return self._mailbox.mark()
+
+    def wait_for_aggregation(
+        self,
+        timeout_s: float | None,
+        *,
+        newer_than: int | None = None,
+        give_up: Callable[[], bool] | None = None,
+    ) -> str:
+        """Wait for an aggregate and return its id.
+
+        Args:
+            timeout_s: longest wait; None waits for ever.
+            newer_than: a :meth:`mark`; aggregates announced before it do not count. None: whichever was not taken yet.
+            give_up: asked twice a second; True ends the wait as the timeout does.
+
+        Raises:
+            RoundTimeoutError: none came in time.
+            NotificationError: the channel has been refused for half a minute.
+            ClientClosedError: the client was closed.
+        """
+        check_seconds("timeout_s", timeout_s, optional=True, zero=True)
+        started = time.monotonic()
+        while True:
+            # Asked before the mailbox is looked at, so that what came before the reason to give up is still taken.
+            last_look = give_up is not None and give_up()
+            remaining = None if timeout_s is None else timeout_s - (time.monotonic() - started)
+            piece = 0.0 if last_look else _SLICE_S if remaining is None else max(0.0, min(_SLICE_S, remaining))
+            found = self._mailbox.wait_newer(-1 if newer_than is None else newer_than, piece)
+            if found is not None:
+                return found
+            self._require_open()
+            refused = self._refused
+            if refused is not None and time.monotonic() - refused[0] > _REFUSED_GRACE_S:
+                raise refused[1]
+            if last_look or (remaining is not None and remaining <= 0):
+                detail = f"; the notification channel says: {refused[1]}" if refused else ""
+                raise RoundTimeoutError(
+                    what="aggregate",
+                    expected=f"one within {timeout_s} s",
+                    found=f"none{detail}",
+                    fix="Other leaves may be missing; raise timeout_s, or pass on_error='keep_local'",
+                )
+
+    def file_download(self, aggregation_id: str) -> str:
+        """Store an aggregate as ``<output_dir>/<id>.npz`` and return its path; complete and sound, or not there at all.
+
+        Raises:
+            NotificationError: the id cannot be a file name.
+            DownloadError, NotFoundError, ArchiveError: the aggregate cannot be had, or is no sound archive.
+        """
+        identifier = check_aggregation_id(aggregation_id)
+        self._require_open()
+        os.makedirs(self.output_dir, exist_ok=True)
+        path = os.path.join(self.output_dir, f"{identifier}.npz")
+        handle, temporary = tempfile.mkstemp(dir=self.output_dir, prefix=f".{identifier[:64]}-", suffix=".part")
+        try:
+            with os.fdopen(handle, "w+b") as file:
+                self._api.download(identifier, file)
+                with Archive.open(file) as archive:
+                    archive.check()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException as error:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+            if isinstance(error, ArchiveError):
+                raise _named(error, identifier) from error
+            raise
+        return path
+
+    @contextlib.contextmanager
+    def open_aggregation(self, aggregation_id: str) -> Iterator[Archive]:
+        """Download an aggregate into an unlinked temporary file and open it; layers are decoded one at a time."""
+        identifier = check_aggregation_id(aggregation_id)
+        self._require_open()
+        with tempfile.TemporaryFile() as file:
+            self._api.download(identifier, file)
+            try:
+                archive = Archive.open(file)
+            except ArchiveError as error:
+                raise _named(error, identifier) from error
+            with archive:
+                yield archive
+
+    def load_aggregation(self, aggregation_id: str) -> list[np.ndarray]:
+        """Download an aggregate and return its layers in order; no file is left behind."""
+        with self.open_aggregation(aggregation_id) as archive:
+            return list(archive)
+
+    # --- the rest ----------------------------------------------------------------------------------------------------
+
+    def send_performance_metrics(self, aggregation_id: str, data: str | Mapping[str, Any], mode: str) -> None:
+        """Send metrics of an aggregate.
+
+        Args:
+            aggregation_id: the aggregate that they are about.
+            data: JSON text, or a mapping that becomes it.
+            mode: ``"test"``, ``"train"`` or ``"non-federated"``.
+        """
+        self._require_open()
+        self._api.send_metrics(aggregation_id, metrics_text(data), mode)
+
+    def get_branch_config(self) -> dict[str, Any]:
+        """Ask for the branch's configuration."""
+        self._require_open()
+        return self._api.branch_config()
+
+    def close(self) -> None:
+        """Stop listening and refuse further calls; waiting calls end with :class:`ClientClosedError`. May be repeated."""
+        if self._closed.is_set():
+            return
+        self._closed.set()
+        self._run_changed.set()
+        self._mailbox.fail(_closed_error())
+        self._transport.close()
+        self._listener.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed.is_set() else self._run_status
+        return f"Client(leaf={self.leaf_id!r}, host={self._endpoint.url()!r}, run={state!r})"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "A Client holds sockets, a thread and a secret, and does not pickle. Make one in each process that needs it,"
+            " or pass a function that makes it."
+        )
+
+    def _on_event(self, event: Notification) -> None:
+        # Runs in the listener's thread: no request, no wait.
+        if isinstance(event, AggregateReady):
+            self._mailbox.put(event.aggregation_id)
+        elif isinstance(event, RunStatusChanged):
+            self._run_status = event.run_status
+            self._run_number_stale |= event.run_status == STARTED
+            self._run_changed.set()
+
+    def _on_failure(self, error: BranchKeyError | None) -> None:
+        if error is None:
+            self._refused = None
+        else:
+            logger.warning("notifications: %s", error)
+            self._refused = (self._refused[0] if self._refused else time.monotonic(), error)
+
+    def _refresh_run(self) -> None:
+        # Cleared before the question: a start announced meanwhile must make the number stale again.
+        self._run_number_stale = False
+        try:
+            details = self._api.run_details()
+        except BranchKeyError:
+            self._run_number_stale = True
+            raise
+        self._run_status, self._run_number = details.status, details.number
+
+    def _require_open(self) -> None:
+        if self._closed.is_set():
+            raise _closed_error()
+
+    def _require_started(self) -> None:
+        """Return when the run takes updates; the platform is asked, since a notification may have been lost."""
+        told = None
+        while True:
+            self._require_open()
+            if self._run_status == STARTED:
+                return
+            self._run_changed.clear()
+            try:
+                self._refresh_run()
+            except BranchKeyError as error:
+                if not self.wait_for_run:
+                    raise
+                logger.warning("the run's status is not known: %s", error)
+            if self._run_status == STARTED:
+                return
+            if not self.wait_for_run:
+                raise RunBlockedError(
+                    what="run",
+                    expected=f"status {STARTED!r}",
+                    found=repr(self._run_status),
+                    fix="Start the run on the platform, or pass wait_for_run=True",
+                    run_status=self._run_status,
+                )
+            if told != self._run_status:
+                told = self._run_status
+                logger.warning("the run's status is %r; waiting until it is started", told)
+            self._run_changed.wait(self.run_check_interval_s)
+
+
+def _check_retry(retry: object) -> None:
+    if retry is not None and not isinstance(retry, RetryPolicy):
+        raise ConfigurationError(
+            what="retry",
+            expected="a RetryPolicy or None",
+            found=type(retry).__name__,
+            fix="Pass RetryPolicy(attempts=4)",
+        )
+
+
+def _closed_error() -> ClientClosedError:
+    return ClientClosedError(what="client", expected="an open client", found="a closed one", fix="Make a new Client")
+
+
+def _named(error: ArchiveError, identifier: str) -> ArchiveError:
+    # What the archive is called on disk is an accident of ours; the user knows the aggregate.
+    what = re.sub(r"^archive( \S+)?", "", error.what).strip(", ")
+    return ArchiveError(
+        what=f"aggregate {identifier}" + (f", {what}" if what else ""),
+        expected=error.expected,
+        found=error.found,
+        fix=error.fix,
+    )
+
+
+def _finite(arrays: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+    if not arrays:
+        raise ArchiveError(
+            what="update", expected="at least one layer", found="none", fix="Pass the model's parameters"
+        )
+    for index, array in enumerate(arrays):
+        if getattr(getattr(array, "dtype", None), "kind", "") == "f" and not np.isfinite(array).all():
+            raise ArchiveError(
+                what=f"layer_{index}",
+                expected="finite numbers",
+                found="NaN or infinity",
+                fix="Training has diverged; lower the learning rate. Nothing was sent",
+            )
+    return arrays
