@@ -6,20 +6,17 @@ Every line of the platform's client documentation runs against :class:`Client` a
 from __future__ import annotations
 
 import contextlib
-import io
 import logging
 import os
-import re
-import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 
+from branchkey_integrations import exchange
 from branchkey_integrations.api import Api, metrics_text
 from branchkey_integrations.archive import (
     Archive,
@@ -39,12 +36,10 @@ from branchkey_integrations.config import (
 )
 from branchkey_integrations.credentials import Credentials, CredentialsSource
 from branchkey_integrations.errors import (
-    ArchiveError,
     BranchKeyError,
     ClientClosedError,
     ConfigurationError,
     RoundTimeoutError,
-    RunBlockedError,
 )
 from branchkey_integrations.events import (
     AggregateReady,
@@ -53,27 +48,15 @@ from branchkey_integrations.events import (
     RunStatusChanged,
     check_aggregation_id,
 )
+from branchkey_integrations.outcome import UploadReceipt
+from branchkey_integrations.run_state import RunState
 from branchkey_integrations.transport import Transport
 
 logger = logging.getLogger("branchkey_integrations.client")
 
-#: Archives up to this size are built in memory, larger ones in an unlinked temporary file.
-_IN_MEMORY_BYTES = 32 * 1024 * 1024
 #: How long a wait goes on while the notification channel says that it is refused; a broker that restarts needs some of it.
 _REFUSED_GRACE_S = 30.0
 _SLICE_S = 0.5
-#: The word by which a run takes updates; any other blocks them.
-STARTED = "start"
-STOPPED = "stop"
-
-
-@dataclass(frozen=True)
-class UploadReceipt:
-    """What was sent last: the platform's id for it, its length in bytes, and its ``sha256=…`` digest."""
-
-    file_id: str
-    size_bytes: int
-    digest: str
 
 
 class Client:
@@ -144,16 +127,13 @@ class Client:
         self.last_upload: UploadReceipt | None = None
         self._mailbox = Mailbox()
         self._closed = threading.Event()
-        self._run_changed = threading.Event()
-        self._run_number_stale = False
         self._refused: tuple[float, BranchKeyError] | None = None
         self._transport = Transport(
             self._endpoint, self._credentials, verify=verify, proxies=proxies, timeout_s=timeout_s, retry=retry
         )
         self._api = Api(self._transport, self._credentials)
         try:
-            details = self._api.run_details()
-            self._run_status, self._run_number = details.status, details.number
+            self._run = RunState(self._api)
             self._listener = open_channel(
                 kind,
                 self._api,
@@ -173,8 +153,6 @@ class Client:
             self._transport.close()
             raise
 
-    # --- what the leaf is and how the run stands ---------------------------------------------------------------------
-
     @property
     def leaf_id(self) -> str:
         """Id of this leaf."""
@@ -188,17 +166,12 @@ class Client:
     @property
     def run_status(self) -> str:
         """Last known status of the run: ``start``, ``pause`` or ``stop``."""
-        return self._run_status
+        return self._run.status
 
     @property
     def run_number(self) -> int:
         """Number of the run; asked for again after the platform has announced a start."""
-        if self._run_number_stale and not self._closed.is_set():
-            try:
-                self._refresh_run()
-            except BranchKeyError as error:
-                logger.warning("the run's number is not known anew: %s", error)
-        return self._run_number
+        return self._run.number
 
     @property
     def is_authenticated(self) -> bool:
@@ -233,7 +206,7 @@ class Client:
         path = os.fspath(file_path)
         if not path.endswith(".npz"):
             path += ".npz"
-        write_archive(path, _finite(list(parameters)), check_weighting(weighting))
+        write_archive(path, exchange.require_finite(list(parameters)), check_weighting(weighting))
         return path
 
     def convert_pytorch_numpy(
@@ -243,14 +216,7 @@ class Client:
 
         Types that numpy lacks (bfloat16, float8) are widened to float32, exactly.
         """
-        arrays = []
-        for _, parameter in named_parameters:
-            tensor = parameter.detach().cpu()
-            if str(tensor.dtype).startswith(("torch.bfloat16", "torch.float8")):
-                tensor = tensor.float()
-            # A tensor on the CPU shares its memory with .numpy(); the next optimiser step would change the update.
-            arrays.append(tensor.numpy().copy())
-        return weighting, arrays
+        return weighting, exchange.copy_tensors(named_parameters)
 
     def file_upload(self, file_path: str | os.PathLike[str]) -> str:
         """Check and send an archive that :meth:`save_weights` (or ``numpy.savez_compressed``) wrote; return its file id.
@@ -275,13 +241,11 @@ class Client:
             metadata: JSON values that travel in the upload's metadata.
         """
         weight = check_weighting(weighting)
-        size = sum(array.nbytes for array in _finite(arrays))
-        with io.BytesIO() if size <= _IN_MEMORY_BYTES else tempfile.TemporaryFile() as file:
-            info = write_archive(file, arrays, weight)
+        with exchange.packed(exchange.require_finite(arrays), weight) as (file, info):
             return self._send(file, info, f"{self.leaf_id}.npz", metadata or {})
 
     def _send(self, file: BinaryIO, info: ArchiveInfo, filename: str, metadata: Mapping[str, Any]) -> str:
-        self._require_started()
+        self._run.require_started(self.wait_for_run, self.run_check_interval_s, self._require_open)
         file_id = self._api.upload(file, info, filename, metadata)
         self.last_upload = UploadReceipt(file_id, info.size_bytes, info.digest)
         logger.info("update %s sent: %d bytes", file_id, info.size_bytes)
@@ -344,44 +308,20 @@ class Client:
         """
         identifier = check_aggregation_id(aggregation_id)
         self._require_open()
-        os.makedirs(self.output_dir, exist_ok=True)
-        path = os.path.join(self.output_dir, f"{identifier}.npz")
-        handle, temporary = tempfile.mkstemp(dir=self.output_dir, prefix=f".{identifier[:64]}-", suffix=".part")
-        try:
-            with os.fdopen(handle, "w+b") as file:
-                self._api.download(identifier, file)
-                with Archive.open(file) as archive:
-                    archive.check()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException as error:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-            if isinstance(error, ArchiveError):
-                raise _named(error, identifier) from error
-            raise
-        return path
+        return exchange.store(self._api, identifier, self.output_dir)
 
     @contextlib.contextmanager
     def open_aggregation(self, aggregation_id: str) -> Iterator[Archive]:
         """Download an aggregate into an unlinked temporary file and open it; layers are decoded one at a time."""
         identifier = check_aggregation_id(aggregation_id)
         self._require_open()
-        with tempfile.TemporaryFile() as file:
-            self._api.download(identifier, file)
-            try:
-                archive = Archive.open(file)
-            except ArchiveError as error:
-                raise _named(error, identifier) from error
-            with archive:
-                yield archive
+        with exchange.opened(self._api, identifier) as archive:
+            yield archive
 
     def load_aggregation(self, aggregation_id: str) -> list[np.ndarray]:
         """Download an aggregate and return its layers in order; no file is left behind."""
         with self.open_aggregation(aggregation_id) as archive:
             return list(archive)
-
-    # --- the rest ----------------------------------------------------------------------------------------------------
 
     def send_performance_metrics(self, aggregation_id: str, data: str | Mapping[str, Any], mode: str) -> None:
         """Send metrics of an aggregate.
@@ -404,7 +344,7 @@ class Client:
         if self._closed.is_set():
             return
         self._closed.set()
-        self._run_changed.set()
+        self._run.wake()
         self._mailbox.fail(_closed_error())
         self._transport.close()
         self._listener.close()
@@ -416,7 +356,7 @@ class Client:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed.is_set() else self._run_status
+        state = "closed" if self._closed.is_set() else self._run.status
         return f"Client(leaf={self.leaf_id!r}, host={self._endpoint.url()!r}, run={state!r})"
 
     def __reduce__(self) -> NoReturn:
@@ -430,9 +370,7 @@ class Client:
         if isinstance(event, AggregateReady):
             self._mailbox.put(event.aggregation_id)
         elif isinstance(event, RunStatusChanged):
-            self._run_status = event.run_status
-            self._run_number_stale |= event.run_status == STARTED
-            self._run_changed.set()
+            self._run.told(event.run_status)
 
     def _on_failure(self, error: BranchKeyError | None) -> None:
         if error is None:
@@ -441,48 +379,9 @@ class Client:
             logger.warning("notifications: %s", error)
             self._refused = (self._refused[0] if self._refused else time.monotonic(), error)
 
-    def _refresh_run(self) -> None:
-        # Cleared before the question: a start announced meanwhile must make the number stale again.
-        self._run_number_stale = False
-        try:
-            details = self._api.run_details()
-        except BranchKeyError:
-            self._run_number_stale = True
-            raise
-        self._run_status, self._run_number = details.status, details.number
-
     def _require_open(self) -> None:
         if self._closed.is_set():
             raise _closed_error()
-
-    def _require_started(self) -> None:
-        """Return when the run takes updates; the platform is asked, since a notification may have been lost."""
-        told = None
-        while True:
-            self._require_open()
-            if self._run_status == STARTED:
-                return
-            self._run_changed.clear()
-            try:
-                self._refresh_run()
-            except BranchKeyError as error:
-                if not self.wait_for_run:
-                    raise
-                logger.warning("the run's status is not known: %s", error)
-            if self._run_status == STARTED:
-                return
-            if not self.wait_for_run:
-                raise RunBlockedError(
-                    what="run",
-                    expected=f"status {STARTED!r}",
-                    found=repr(self._run_status),
-                    fix="Start the run on the platform, or pass wait_for_run=True",
-                    run_status=self._run_status,
-                )
-            if told != self._run_status:
-                told = self._run_status
-                logger.warning("the run's status is %r; waiting until it is started", told)
-            self._run_changed.wait(self.run_check_interval_s)
 
 
 def _check_retry(retry: object) -> None:
@@ -497,30 +396,3 @@ def _check_retry(retry: object) -> None:
 
 def _closed_error() -> ClientClosedError:
     return ClientClosedError(what="client", expected="an open client", found="a closed one", fix="Make a new Client")
-
-
-def _named(error: ArchiveError, identifier: str) -> ArchiveError:
-    # What the archive is called on disk is an accident of ours; the user knows the aggregate.
-    what = re.sub(r"^archive( \S+)?", "", error.what).strip(", ")
-    return ArchiveError(
-        what=f"aggregate {identifier}" + (f", {what}" if what else ""),
-        expected=error.expected,
-        found=error.found,
-        fix=error.fix,
-    )
-
-
-def _finite(arrays: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
-    if not arrays:
-        raise ArchiveError(
-            what="update", expected="at least one layer", found="none", fix="Pass the model's parameters"
-        )
-    for index, array in enumerate(arrays):
-        if getattr(getattr(array, "dtype", None), "kind", "") == "f" and not np.isfinite(array).all():
-            raise ArchiveError(
-                what=f"layer_{index}",
-                expected="finite numbers",
-                found="NaN or infinity",
-                fix="Training has diverged; lower the learning rate. Nothing was sent",
-            )
-    return arrays

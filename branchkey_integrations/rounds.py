@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from branchkey_integrations.archive import Archive
-from branchkey_integrations.client import STOPPED, UploadReceipt
 from branchkey_integrations.errors import (
     AggregateRejectedError,
     ArchiveError,
@@ -26,90 +24,13 @@ from branchkey_integrations.errors import (
 )
 from branchkey_integrations.gate import squared_norm
 from branchkey_integrations.options import RoundOptions, finite_metrics
+from branchkey_integrations.outcome import LeafClient, PendingRound, RoundOutcome
 from branchkey_integrations.parameters import Layout, ParameterStore
+from branchkey_integrations.run_state import STOPPED
 
 logger = logging.getLogger("branchkey_integrations.rounds")
 
-STATUSES = ("applied", "skipped", "pending", "timeout", "rejected", "stopped")
 _STATE_VERSION = 1
-
-
-class LeafClient(Protocol):
-    """What a round needs of :class:`~branchkey_integrations.client.Client`."""
-
-    last_upload: UploadReceipt | None
-
-    @property
-    def leaf_id(self) -> str:
-        """Id of the leaf."""
-        ...
-
-    @property
-    def branch_id(self) -> str:
-        """Id of the branch."""
-        ...
-
-    @property
-    def run_status(self) -> str:
-        """Last known status of the run."""
-        ...
-
-    def mark(self) -> int:
-        """Give the present moment among arriving aggregates."""
-        ...
-
-    def upload(self, arrays: list[np.ndarray], weighting: float, *, metadata: Mapping[str, Any] | None = None) -> str:
-        """Send layers; return the file id."""
-        ...
-
-    def wait_for_aggregation(
-        self,
-        timeout_s: float | None,
-        *,
-        newer_than: int | None = None,
-        give_up: Callable[[], bool] | None = None,
-    ) -> str:
-        """Wait for an aggregate; return its id."""
-        ...
-
-    def open_aggregation(self, aggregation_id: str) -> AbstractContextManager[Archive]:
-        """Download an aggregate and open it."""
-        ...
-
-    def send_performance_metrics(self, aggregation_id: str, data: Mapping[str, Any], mode: str) -> None:
-        """Send metrics."""
-        ...
-
-
-@dataclass(frozen=True)
-class RoundOutcome:
-    """Say what became of a round.
-
-    ``status`` is ``"applied"`` (the aggregate is in the model), ``"pending"`` (sent, not answered yet), ``"skipped"``
-    (nothing was done, or not this time), ``"timeout"`` (no aggregate came), ``"rejected"`` (the gate refused it) or
-    ``"stopped"`` (the run has ended). Whatever it is but ``"applied"``, the model holds its local weights.
-    """
-
-    status: str
-    round: int
-    upload_id: str | None = None
-    aggregation_id: str | None = None
-    waited_s: float = 0.0
-    uploaded_bytes: int = 0
-    downloaded_bytes: int = 0
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class _Pending:
-    """An update that was sent and not answered yet."""
-
-    round: int
-    mark: int
-    upload_id: str | None
-    digest: str
-    uploaded_bytes: int
-    aggregation_id: str | None = None
 
 
 class RoundEngine:
@@ -130,7 +51,7 @@ class RoundEngine:
         self.round = 0
         self.history: list[RoundOutcome] = []
         self.last_applied: str | None = None
-        self._pending: _Pending | None = None
+        self._pending: PendingRound | None = None
         self._layout: Layout | None = None
         self._fingerprint: str | None = None
         self._norm: float | None = None
@@ -177,7 +98,7 @@ class RoundEngine:
             if self._norm is None:
                 self._norm = float(np.sqrt(sum(squared_norm(array) for array in arrays)))
             # Taken before the upload: the aggregate may be announced before the upload is answered.
-            self._pending = _Pending(self.round, self.client.mark(), None, "", 0)
+            self._pending = PendingRound(self.round, self.client.mark(), None, "", 0)
             upload_id = self.client.upload(
                 arrays, weight, metadata={"custom": {"round": self.round, "layout": layout.fingerprint}}
             )
@@ -391,7 +312,7 @@ class RoundEngine:
         self._norm = state["norm"]
         pending = state["pending"]
         # Marks do not outlive a process: whatever the new client heard since it connected counts as newer.
-        self._pending = None if pending is None else _Pending(mark=-1, **pending)
+        self._pending = None if pending is None else PendingRound(mark=-1, **pending)
         queue = getattr(self.client, "queue", None)
         if queue is not None and self.last_applied:
             queue.forget_before(self.last_applied)

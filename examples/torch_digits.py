@@ -150,7 +150,12 @@ class Report:
 
     def __call__(self, **fields: object) -> None:
         if self.path is None:
-            print(*(f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in fields.items()))
+            print(
+                *(
+                    f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
+                    for name, value in fields.items()
+                )
+            )
             return
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(fields) + "\n")
@@ -176,7 +181,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rbmq-port", type=int, default=5672, metavar="PORT")
     parser.add_argument("--timeout-s", type=float, default=600.0, metavar="S", help="longest wait for an aggregate")
     parser.add_argument("--checkpoint", metavar="FILE", help="kept after each round, and gone on from when it is there")
-    parser.add_argument("--first-round", type=int, metavar="N", help="go on with this round (default: the checkpoint's)")
+    parser.add_argument(
+        "--first-round", type=int, metavar="N", help="go on with this round (default: the checkpoint's)"
+    )
     parser.add_argument("--report", metavar="FILE", help="append figures here as JSON lines instead of printing them")
     return parser.parse_args()
 

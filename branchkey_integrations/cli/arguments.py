@@ -47,7 +47,9 @@ def _add_demo(commands: Any, common: argparse.ArgumentParser) -> None:
     demo.add_argument("--rounds", type=_whole(1), default=30, metavar="N", help="default: %(default)s")
     demo.add_argument("--rabbitmq", action="store_true", help="notify over a private RabbitMQ instead of WebSocket")
     demo.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="default: %(default)s")
-    demo.add_argument("--output", default="demo-output", metavar="DIR", help="for curves, figures and logs (%(default)s)")
+    demo.add_argument(
+        "--output", default="demo-output", metavar="DIR", help="for curves, figures and logs (%(default)s)"
+    )
     demo.add_argument("--leaves-script", metavar="PATH", help="run this script in place of the example")
     demo.add_argument(
         "--timeout-s",
@@ -73,12 +75,21 @@ def _run_demo(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
 
 def _add_sandbox(commands: Any, common: argparse.ArgumentParser) -> None:
     sandbox = commands.add_parser(
-        "sandbox", parents=[common], help="run a branch on this machine until Ctrl-C", description="A branch on loopback."
+        "sandbox",
+        parents=[common],
+        help="run a branch on this machine until Ctrl-C",
+        description="A branch on loopback.",
     )
     sandbox.add_argument("--leaves", type=_whole(1), default=1, metavar="N", help="default: %(default)s")
-    sandbox.add_argument("--quorum", type=_whole(1), metavar="N", help="updates that complete a round (default: all leaves)")
-    sandbox.add_argument("--rabbitmq", metavar="auto|URL", help="auto: a private broker; or amqp://user:password@host:port")
-    sandbox.add_argument("--directory", metavar="D", help="keep state and credentials here (default: a temporary folder)")
+    sandbox.add_argument(
+        "--quorum", type=_whole(1), metavar="N", help="updates that complete a round (default: all leaves)"
+    )
+    sandbox.add_argument(
+        "--rabbitmq", metavar="auto|URL", help="auto: a private broker; or amqp://user:password@host:port"
+    )
+    sandbox.add_argument(
+        "--directory", metavar="D", help="keep state and credentials here (default: a temporary folder)"
+    )
     sandbox.add_argument("--port", type=_whole(0, _LARGEST_PORT), default=0, metavar="P", help="default: any free one")
     sandbox.set_defaults(run=_run_sandbox)
 
@@ -91,16 +102,23 @@ def _run_sandbox(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
 
 def _add_check(commands: Any, common: argparse.ArgumentParser) -> None:
     check = commands.add_parser(
-        "check", parents=[common], help="connect as a leaf, and say what works and what does not", description="Connect."
+        "check",
+        parents=[common],
+        help="connect as a leaf, and say what works and what does not",
+        description="Connect.",
     )
     check.add_argument(
         "--credentials", metavar="FILE", help="JSON file of the leaf, or 'env' (default: the BRANCHKEY_* variables)"
     )
     check.add_argument("--host", default=DEFAULT_HOST, metavar="URL", help="default: %(default)s")
     check.add_argument("--rbmq-host", metavar="HOST", help="host of the RabbitMQ; makes notifications go over AMQP")
-    check.add_argument("--rbmq-port", type=_whole(1, _LARGEST_PORT), default=5672, metavar="P", help="default: %(default)s")
+    check.add_argument(
+        "--rbmq-port", type=_whole(1, _LARGEST_PORT), default=5672, metavar="P", help="default: %(default)s"
+    )
     check.add_argument("--ca", metavar="PATH", help="bundle of the certificate authorities to trust")
-    check.add_argument("--notifications", choices=("auto", "amqp", "websocket"), default="auto", help="default: %(default)s")
+    check.add_argument(
+        "--notifications", choices=("auto", "amqp", "websocket"), default="auto", help="default: %(default)s"
+    )
     check.add_argument("--timeout-s", type=_seconds, default=15.0, metavar="S", help="for each request (%(default)s)")
     check.set_defaults(run=_run_check)
 

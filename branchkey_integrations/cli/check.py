@@ -68,9 +68,8 @@ def _notifications(arguments: argparse.Namespace, credentials: Credentials) -> s
         timeout_s=arguments.timeout_s,
     )
     # The constructor returns when the channel is ready and raises when it is refused.
-    client.close()
-    channel = "amqp" if arguments.rbmq_host and arguments.notifications == "auto" else arguments.notifications
-    return "ready" if channel == "auto" else f"ready over {channel}"
+    with client:
+        return f"ready over {client.notifications}"
 
 
 def _try(what: str, check: Callable[[], str]) -> bool:

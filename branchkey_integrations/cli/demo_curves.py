@@ -11,7 +11,11 @@ from branchkey_integrations.cli.demo_table import Round
 
 
 def write_figures(
-    folder: str, parts: Sequence[str], alone: Sequence[Sequence[float]], rounds: Mapping[int, Round], about: Mapping[str, Any]
+    folder: str,
+    parts: Sequence[str],
+    alone: Sequence[Sequence[float]],
+    rounds: Mapping[int, Round],
+    about: Mapping[str, Any],
 ) -> str:
     """Write ``rounds.json`` and give its path."""
     path = os.path.join(folder, "rounds.json")

@@ -33,6 +33,11 @@ class Round:
         return {(str(record["aggregation_id"]), str(record["digest"])) for record in self._applied()}
 
     @property
+    def applied(self) -> int:
+        """How many leaves loaded an aggregate."""
+        return len(self._applied())
+
+    @property
     def contradicts(self) -> bool:
         """Whether two leaves that loaded the same aggregate hold different parameters."""
         pairs = self.digests()
@@ -40,7 +45,7 @@ class Round:
 
     def verdict(self, leaves: int) -> str:
         """Say whether all leaves hold the same bits."""
-        pairs, applied = self.digests(), len(self._applied())
+        pairs, applied = self.digests(), self.applied
         if self.contradicts:
             return "DIFFERENT BITS"
         if not pairs:
@@ -114,9 +119,7 @@ class Table:
         alone = [series[row.number - 1] if row.number <= len(series) else None for series in self._alone]
         own = [row.records.get(leaf, {}).get("own_accuracy") for leaf in range(self._leaves)]
         cells = ["".join(f"{_number(value):>8}" for value in values) for values in (alone, own)]
-        self._say(
-            f"{row.number:5} |{cells[0]} |{cells[1]} | {_number(row.federated):>9} | {row.verdict(self._leaves)}"
-        )
+        self._say(f"{row.number:5} |{cells[0]} |{cells[1]} | {_number(row.federated):>9} | {row.verdict(self._leaves)}")
         for leaf, record in sorted(row.records.items()):
             if record.get("status") != "applied":
                 reason = f" ({record['reason']})" if record.get("reason") else ""

@@ -42,7 +42,9 @@ def run_inspect(path: str) -> int:
                 sys.stdout.flush()
                 raise _of_file(path, error) from error
             shape = "x".join(str(length) for length in header.shape) or "scalar"
-            print(f"{index:>5}  {header.dtype!s:<9}{shape:<20}{header.nbytes / _MB:>9.3f}{statistics}  {flags}".rstrip())
+            print(
+                f"{index:>5}  {header.dtype!s:<9}{shape:<20}{header.nbytes / _MB:>9.3f}{statistics}  {flags}".rstrip()
+            )
             total += header.nbytes
             bad += bool(flags)
         weighting = archive.weighting

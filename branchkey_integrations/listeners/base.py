@@ -45,7 +45,7 @@ def pause_s(policy: RetryPolicy, failures: int) -> float:
     """Give the pause before the next try, in seconds, after ``failures`` (from 1) failures in a row."""
     # The exponent is capped because 2**1024 overflows a float.
     longest = min(policy.backoff_max_s, policy.backoff_s * 2.0 ** min(failures - 1, 60))
-    return max(_LEAST_PAUSE_S, longest * (1.0 - policy.jitter * random.random()))
+    return max(_LEAST_PAUSE_S, longest * (1.0 - policy.jitter * random.random()))  # noqa: S311 - spreads load, guards nothing
 
 
 def is_refusal(error: BranchKeyError) -> bool:

@@ -182,7 +182,7 @@ class PrivateBroker:
         """
         command = [f"{SCRIPTS}/rabbitmqctl", "-q", "-n", self._node, *arguments]
         try:
-            done = subprocess.run(
+            done = subprocess.run(  # noqa: S603 - no shell
                 command,
                 env=self._environment,
                 stdin=subprocess.DEVNULL,

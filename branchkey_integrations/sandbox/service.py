@@ -58,9 +58,9 @@ class Service:
         self._announcements = 0
         self._adding = threading.Lock()
         self._closing = threading.Event()
-        self._checks = ThreadPoolExecutor(2, "branchkey-sandbox-check")
+        self._checks = _started(2, "branchkey-sandbox-check")
         # One thread: the aggregates come in the order in which their rounds closed.
-        self._means = ThreadPoolExecutor(1, "branchkey-sandbox-mean")
+        self._means = _started(1, "branchkey-sandbox-mean")
 
     # --- leaves ----------------------------------------------------------------------------------------------------
 
@@ -306,6 +306,16 @@ class Service:
         for executor in (self._checks, self._means):
             executor.shutdown(wait=True, cancel_futures=True)
         self.store.close()
+
+
+def _started(workers: int, name: str) -> ThreadPoolExecutor:
+    """Make an executor whose threads run already, so that none appears in the middle of a script's or a test's work."""
+    executor = ThreadPoolExecutor(workers, name)
+    together = threading.Barrier(workers + 1)
+    for _ in range(workers):
+        executor.submit(together.wait)
+    together.wait()
+    return executor
 
 
 def _drop(*_: Any) -> None:

@@ -31,9 +31,9 @@ def check_optimizers(optimizer: object, tensors: Iterable[Tensor]) -> tuple[torc
         ConfigurationError: none given, no optimizer, LBFGS (it keeps one history for all parameters), or one that holds
             none of the federated parameters.
     """
-    several = optimizer if isinstance(optimizer, (list, tuple)) and optimizer else (optimizer or None,)
+    several = tuple(optimizer) if isinstance(optimizer, (list, tuple)) else (optimizer,)
     known = {id(tensor) for tensor in tensors}
-    for one in several:
+    for one in several or (None,):
         problem = ConfigurationError(
             what="optimizer", expected="the optimizer that trains the model", fix="Pass optimizer=optimizer to the hook"
         )
@@ -48,7 +48,7 @@ def check_optimizers(optimizer: object, tensors: Iterable[Tensor]) -> tuple[torc
             problem.found = f"{type(one).__name__} that holds none of the federated parameters"
             problem.fix = "Build the optimizer from this model's parameters, and the hook after it"
             raise problem
-    return tuple(several)
+    return several
 
 
 def reset_moments(optimizers: Sequence[torch.optim.Optimizer], tensors: Iterable[Tensor]) -> int:

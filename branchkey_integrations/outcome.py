@@ -1,0 +1,99 @@
+"""What a round needs of a client, and what it says when it is over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from branchkey_integrations.archive import Archive
+
+
+@dataclass(frozen=True)
+class UploadReceipt:
+    """What was sent last: the platform's id for it, its length in bytes, and its ``sha256=…`` digest."""
+
+    file_id: str
+    size_bytes: int
+    digest: str
+
+
+class LeafClient(Protocol):
+    """What a round needs of :class:`~branchkey_integrations.client.Client`."""
+
+    last_upload: UploadReceipt | None
+
+    @property
+    def leaf_id(self) -> str:
+        """Id of the leaf."""
+        ...
+
+    @property
+    def branch_id(self) -> str:
+        """Id of the branch."""
+        ...
+
+    @property
+    def run_status(self) -> str:
+        """Last known status of the run."""
+        ...
+
+    def mark(self) -> int:
+        """Give the present moment among arriving aggregates."""
+        ...
+
+    def upload(self, arrays: list[np.ndarray], weighting: float, *, metadata: Mapping[str, Any] | None = None) -> str:
+        """Send layers; return the file id."""
+        ...
+
+    def wait_for_aggregation(
+        self,
+        timeout_s: float | None,
+        *,
+        newer_than: int | None = None,
+        give_up: Callable[[], bool] | None = None,
+    ) -> str:
+        """Wait for an aggregate; return its id."""
+        ...
+
+    def open_aggregation(self, aggregation_id: str) -> AbstractContextManager[Archive]:
+        """Download an aggregate and open it."""
+        ...
+
+    def send_performance_metrics(self, aggregation_id: str, data: Mapping[str, Any], mode: str) -> None:
+        """Send metrics."""
+        ...
+
+
+@dataclass(frozen=True)
+class RoundOutcome:
+    """Say what became of a round.
+
+    ``status`` is ``"applied"`` (the aggregate is in the model), ``"pending"`` (sent, not answered yet), ``"skipped"``
+    (nothing was done, or not this time), ``"timeout"`` (no aggregate came), ``"rejected"`` (the gate refused it) or
+    ``"stopped"`` (the run has ended). Whatever it is but ``"applied"``, the model holds its local weights.
+    """
+
+    status: str
+    round: int
+    upload_id: str | None = None
+    aggregation_id: str | None = None
+    waited_s: float = 0.0
+    uploaded_bytes: int = 0
+    downloaded_bytes: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class PendingRound:
+    """An update that was sent and not answered yet."""
+
+    round: int
+    mark: int
+    upload_id: str | None
+    digest: str
+    uploaded_bytes: int
+    aggregation_id: str | None = None
