@@ -32,7 +32,8 @@ _FIELD = re.compile(
         \s* (?: , | (?=\s*\}) ) \s*""",
     re.VERBOSE | re.ASCII,
 )
-_AXES = re.compile(r"\s*(?:-?[0-9]{1,19}L?\s*,\s*)*(?:-?[0-9]{1,19}L?\s*)?", re.ASCII)
+_NUMBER = r"\s*-?(?:0|[1-9][0-9]{0,18})L?\s*"  # Python 2 wrote an L behind long ones
+_AXES = re.compile(rf"\s*|{_NUMBER},(?:{_NUMBER},)*(?:{_NUMBER})?\s*", re.ASCII)
 _OBJECT = re.compile(r"""['"][|<>=]?O[0-9]*['"]""", re.ASCII)
 
 

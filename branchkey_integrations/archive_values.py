@@ -107,7 +107,7 @@ def unreadable(path: object, error: OSError) -> ArchiveError:
     return ArchiveError(
         what=f"file {path}",
         expected="a file that can be read",
-        found=error.strerror or type(error).__name__,
+        found=error.strerror or str(error),
         fix="Check the path and the rights on it",
     )
 

@@ -214,9 +214,9 @@ def read_local_header(read_at: ReadAt, member: Member) -> int:
     what = shown(member.name)
     fields = _LOCAL.unpack(read_at(member.offset, _LOCAL.size))
     mark, _, flags, method, _, _, crc, packed, raw, name_length, extra_length = fields
-    rest = read_at(member.offset + _LOCAL.size, name_length + extra_length)
     if mark != _LOCAL_MARK or (flags, method) != (member.flags, member.method):
         raise broken("a local header that contradicts the directory", what=what)
+    rest = read_at(member.offset + _LOCAL.size, name_length + extra_length)
     raw, packed = _long_values([raw, packed], rest[name_length:], member.name)
     told = (crc, packed, raw)
     # A writer that could not seek back left zeros here and put the figures behind the data.

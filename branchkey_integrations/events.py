@@ -79,7 +79,9 @@ def parse_notification(raw: bytes | str) -> Notification:
         NotificationError: the message is malformed; it names why and shows at most 120 bytes of it.
     """
     size = len(raw)
-    shown = repr(raw[:_SHOWN_BYTES])
+    if isinstance(raw, str) and size <= MAX_NOTIFICATION_BYTES:
+        size = len(raw.encode("utf-8", "surrogatepass"))
+    shown = repr(raw[:_SHOWN_BYTES])[:_SHOWN_BYTES]
 
     def malformed(expected: str) -> NotificationError:
         return NotificationError(what="notification", expected=expected, found=shown, fix="It is ignored")
@@ -131,9 +133,7 @@ class Mailbox:
         with self._changed:
             if aggregation_id in self._seen:
                 return False
-            self._seen[aggregation_id] = None
-            if len(self._seen) > _SEEN_IDS:
-                self._seen.popitem(last=False)
+            self._remember(aggregation_id)
             self._arrivals += 1
             self._newest = aggregation_id
             self._changed.notify_all()
@@ -142,7 +142,7 @@ class Mailbox:
     def forget_before(self, aggregation_id: str) -> None:
         """Count an id as seen, so that a repeat of it (after a restart, say) is not taken for news."""
         with self._changed:
-            self._seen[aggregation_id] = None
+            self._remember(aggregation_id)
             if self._newest == aggregation_id:
                 self._newest = None
 
@@ -200,6 +200,11 @@ class Mailbox:
     def qsize(self) -> int:
         """Give the number of ids that wait: 0 or 1."""
         return 0 if self.empty() else 1
+
+    def _remember(self, aggregation_id: str) -> None:
+        self._seen[aggregation_id] = None
+        if len(self._seen) > _SEEN_IDS:
+            self._seen.popitem(last=False)
 
     def _take(self) -> str:
         taken = self._newest

@@ -35,13 +35,22 @@ class LayerSpec:
 
     @property
     def largest(self) -> float:
-        """Largest finite value that the dtype holds."""
+        """Largest finite value that the dtype holds; exact, so an int for integers."""
+        return self._limits[1]
+
+    @property
+    def lowest(self) -> float:
+        """Lowest finite value that the dtype holds."""
+        return self._limits[0]
+
+    @property
+    def _limits(self) -> tuple[float, float]:
         if self.dtype in _LARGEST:
-            return _LARGEST[self.dtype]
+            return -_LARGEST[self.dtype], _LARGEST[self.dtype]
         kind = np.dtype(self.dtype)
-        return (
-            float(np.finfo(kind).max) if kind.kind in "fc" else float(np.iinfo(kind).max) if kind.kind in "iu" else 1.0
-        )
+        if kind.kind in "fc":
+            return float(np.finfo(kind).min), float(np.finfo(kind).max)
+        return (int(np.iinfo(kind).min), int(np.iinfo(kind).max)) if kind.kind in "iu" else (0, 1)
 
     @property
     def is_float(self) -> bool:
@@ -140,24 +149,31 @@ class Layout:
                 )
 
     def check_range(self, index: int, array: np.ndarray) -> None:
-        """Demand that no finite value of layer ``index`` is too large for the dtype of its parameter.
+        """Demand that every finite value of layer ``index`` lies in the range of its parameter's dtype.
 
         Raises:
-            LayoutError: names the layer, the largest value allowed and the one found. NaN and inf are the gate's business.
+            LayoutError: names the layer, the range allowed and the value found. NaN and inf are the gate's business.
         """
         layer = self.layers[index]
         if array.size == 0:
             return
-        if layer.is_float and array.dtype.kind == "f" and np.finfo(array.dtype).max <= layer.largest:
+        if layer.is_float and array.dtype.kind == "f" and float(np.finfo(array.dtype).max) <= layer.largest:
             return
-        extreme = float(np.max(np.abs(array), initial=0.0, where=np.isfinite(array)))
-        if extreme > layer.largest:
-            raise LayoutError(
-                what=f"layer_{index} ({layer.name})",
-                expected=f"values up to {layer.largest:g}, the largest {layer.dtype}",
-                found=f"{extreme:g}",
-                fix="The value would become infinite in this model; nothing was loaded",
-            )
+        # Lowest and highest apart, never abs(): the lowest integer of a type has no absolute value in it.
+        ends: tuple[float, float]
+        if array.dtype.kind == "f":
+            finite = np.isfinite(array)
+            ends = float(np.min(array, initial=0.0, where=finite)), float(np.max(array, initial=0.0, where=finite))
+        else:
+            ends = int(array.min()), int(array.max())
+        for value in ends:
+            if not layer.lowest <= value <= layer.largest:
+                raise LayoutError(
+                    what=f"layer_{index} ({layer.name})",
+                    expected=f"values from {layer.lowest:g} to {layer.largest:g}, the range of {layer.dtype}",
+                    found=f"{value:g}",
+                    fix="This model's parameter cannot hold the value; nothing was loaded",
+                )
 
     def check(self, arrays: Sequence[np.ndarray]) -> None:
         """Demand that ``arrays`` can be written into this layout without broadcasting, truncating or overflowing."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import logging
+import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,9 @@ from typing import Any, BinaryIO, Protocol
 from urllib.parse import urlsplit
 
 import requests
+from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
+from urllib3.connection import HTTPConnection
 from urllib3.exceptions import HTTPError
 
 from branchkey_integrations import http_errors
@@ -43,6 +46,9 @@ _NOT_TAKEN = frozenset({408, 425, 429, 503})
 _TRANSIENT = _NOT_TAKEN | {500, 502, 504}
 #: A pooled connection idle for longer may be half closed; using it would make a lost answer look like a lost request.
 _FRESH_S = 4.0
+#: Most bytes of an upload that the kernel holds and has not sent yet.
+_UNSENT_BYTES = 128 * 1024
+_TRICKLE_BYTES = 16
 _OUR_HEADERS = ("Authorization", "LEAF", "x-bk-file-size", "x-bk-file-digest", "Cookie")
 
 
@@ -104,6 +110,36 @@ class _Session(requests.Session):
                 prepared_request.headers.pop(header, None)
 
 
+class _Adapter(HTTPAdapter):
+    """Keep what the kernel holds of an upload small."""
+
+    def init_poolmanager(self, *args: Any, **options: Any) -> None:
+        super().init_poolmanager(*args, socket_options=_socket_options(), **options)
+
+    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
+        return super().proxy_manager_for(proxy, socket_options=_socket_options(), **options)
+
+
+def _socket_options() -> list[tuple[int, int, int]]:
+    options = list(HTTPConnection.default_socket_options)
+    lowat = getattr(socket, "TCP_NOTSENT_LOWAT", None)
+    if lowat is not None:
+        # The kernel takes megabytes ahead of a slow link; the deadline of the answer would run while they still leave.
+        # This limits what is not on its way yet, so a fast link with a long way stays fast.
+        options.append((socket.IPPROTO_TCP, lowat, _UNSENT_BYTES))
+    return options
+
+
+def _as_it_comes(answer: requests.Response) -> Iterator[bytes]:
+    """Give the body in pieces as they arrive: a plain read waits for a whole piece, however slowly it trickles in."""
+    read_some = getattr(answer.raw, "read1", None)  # urllib3 2.1 has it first
+    if read_some is None:
+        yield from answer.iter_content(_TRICKLE_BYTES)
+        return
+    while piece := read_some(64 * 1024, decode_content=True):
+        yield piece
+
+
 @dataclass
 class _Try:
     """What one call has spent so far."""
@@ -144,6 +180,8 @@ class Transport:
         self._bearer = _Bearer(credentials)
         self._session = _Session()
         self._session.headers["User-Agent"] = "branchkey-integrations"
+        for scheme in ("http://", "https://"):
+            self._session.mount(scheme, _Adapter())
         # One session, several threads (training, ticket renewal): requests' pool is thread-safe, the clean-up below is not.
         self._lock = threading.Lock()
         self._last_used = time.monotonic()
@@ -244,7 +282,7 @@ class Transport:
                     raise failure
                 retry_after_s = http_errors.retry_after_s(answer.headers.get("Retry-After"))
                 return failure, retry_after_s, status not in _NOT_TAKEN
-        except requests.RequestException as error:
+        except (requests.RequestException, HTTPError) as error:
             mapped, connected = http_errors.from_request(action, error, host, self.timeout_s, self.proxies)
             if isinstance(mapped, (TLSError, ConfigurationError)):
                 raise mapped from None
@@ -328,7 +366,7 @@ class Transport:
     def _read_answer(self, action: str, answer: requests.Response) -> bytes:
         deadline = time.monotonic() + self.timeout_s
         pieces, size = [], 0
-        for piece in answer.iter_content(64 * 1024):
+        for piece in _as_it_comes(answer):
             pieces.append(piece)
             size += len(piece)
             if size > _MAX_JSON_BYTES:

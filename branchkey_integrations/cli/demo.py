@@ -39,7 +39,7 @@ def run_demo(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
     )
     with tempfile.TemporaryDirectory(prefix="branchkey-demo-") as folder:
         alone = _train_alone(arguments, interrupts, progress, script, folder, output)
-        table = Table(alone, progress.say)
+        table = Table(alone, arguments.timeout_s, progress.say)
         federation = Federation(arguments, interrupts, progress, table, PARTS, script, folder, output)
         federation.run()
     seconds = time.monotonic() - began

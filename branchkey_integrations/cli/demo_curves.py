@@ -55,7 +55,7 @@ def draw_curves(
     axes.plot([x for x, _ in points], [y for _, y in points], "-", color="C0", linewidth=2.5, label="federated model")
     axes.set(xlabel="round", ylabel="accuracy on the common test set, all ten classes", ylim=(0, 1))
     axes.grid(alpha=0.3)
-    axes.legend(loc="upper left", bbox_to_anchor=(0, 0.9))
+    axes.legend(loc="lower right")
     path = os.path.join(folder, "curves.png")
     figure.savefig(path, dpi=120)
     return path

@@ -61,13 +61,15 @@ class Table:
 
     Args:
         alone: accuracies after each round of the twins that trained alone, one list a leaf.
+        timeout_s: longest wait of a leaf for an aggregate, in seconds.
         say: prints a line.
     """
 
-    def __init__(self, alone: Sequence[Sequence[float]], say: Callable[[str], None]) -> None:
+    def __init__(self, alone: Sequence[Sequence[float]], timeout_s: float, say: Callable[[str], None]) -> None:
         self.rounds: dict[int, Round] = {}
         self._alone = alone
         self._leaves = len(alone)
+        self._timeout_s = timeout_s
         self._say = say
         self._next = 1
 
@@ -122,8 +124,14 @@ class Table:
         self._say(f"{row.number:5} |{cells[0]} |{cells[1]} | {_number(row.federated):>9} | {row.verdict(self._leaves)}")
         for leaf, record in sorted(row.records.items()):
             if record.get("status") != "applied":
-                reason = f" ({record['reason']})" if record.get("reason") else ""
-                self._say(f"      leaf {leaf + 1}: {record.get('status')}{reason}; {POLICY}")
+                self._say(f"      leaf {leaf + 1}: {self._why(record)}; {POLICY}")
+
+    def _why(self, record: Record) -> str:
+        status, reason = str(record.get("status")), record.get("reason")
+        if status == "timeout":
+            # The only one that is ordinary here, and that two leaves tell at a time.
+            return f"timeout, no aggregate within {self._timeout_s:g} s"
+        return f"{status} ({reason})" if reason else status
 
 
 def _number(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import ssl
 from typing import Any
 
@@ -68,6 +69,10 @@ class AmqpListener(ThreadedListener):
         host = f"[{self._host}]" if ":" in self._host else self._host
         return f"{host}:{self._port}"
 
+    @property
+    def _what(self) -> str:
+        return f"notifications from the broker at {self._peer}"
+
     def __repr__(self) -> str:
         return f"AmqpListener({self._credentials.id!r}, {self._peer!r}, tls={self._tls is not None})"
 
@@ -88,6 +93,11 @@ class AmqpListener(ThreadedListener):
         )
 
     def _listen(self) -> None:
+        try:
+            # pika resolves names in a thread of its own that outlives a close; a name that fails here never gets there.
+            socket.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)
+        except OSError as error:
+            raise connection_error(self._what, self._peer, error) from None
         link = AmqpLink(self._parameters(), self._credentials.id, self._deliver, self._ready)
         self._interruptible(link.close)
         try:
@@ -105,7 +115,7 @@ class AmqpListener(ThreadedListener):
             return refused
         if link.drained:
             return LostError(_short(reason))
-        what = f"notifications from the broker at {self._peer}"
+        what = self._what
         if isinstance(reason, pika.exceptions.IncompatibleProtocolError):
             return NotificationError(
                 what=what,

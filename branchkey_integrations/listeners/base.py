@@ -186,7 +186,12 @@ class ThreadedListener(ABC):
                 return
             failures = 1 if lasted_s > _STEADY_S else failures + 1
             pause = pause_s(self._retry, failures)
-            logger.warning("%s: notifications interrupted (%s); trying again in %.1f s", self.name, reason, pause)
+            # One warning an outage; an overnight one must not fill the log.
+            level = logging.WARNING if failures == 1 else logging.INFO
+            found = reason.found or reason if isinstance(reason, BranchKeyError) else reason
+            logger.log(
+                level, "%s: no notifications from %s (%s); trying again in %.1f s", self.name, self._peer, found, pause
+            )
             self._stop.wait(pause)
 
     def _ended(self) -> float:

@@ -29,9 +29,10 @@ _FAREWELL_S = 0.8
 #: A notification is two short strings. Larger ones are junk, but junk should not cost the connection either.
 _MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 _OLDEST_MAJOR = 15
-#: Round trips before the listener counts as ready. A server may answer the first ping while it still writes what it keeps
-#: for a leaf that comes late.
-_BARRIERS = 2
+#: Round trips in a row in which nothing came, before the listener counts as ready, and the least time for each, in seconds.
+#: One would not do: servers answer a ping while they still write what they keep for a leaf that comes late.
+_QUIET_ROUNDS = 2
+_ROUND_S = 0.025
 
 
 def _load_websockets() -> Any:
@@ -147,7 +148,7 @@ class WebSocketListener(ThreadedListener):
             options["sock"] = sock
             proxy = None
         elif proxy.startswith("https://"):
-            options["proxy_ssl"] = tls_context(True) if self._tls is None else self._tls
+            options["proxy_ssl"] = self._tls or tls_context(verify=True)
         websocket = stack.enter_context(
             self._websockets.sync.client.connect(
                 url,
@@ -212,28 +213,39 @@ class WebSocketListener(ThreadedListener):
 
     def _converse(self, websocket: Any) -> None:
         try:
-            for _ in range(_BARRIERS):
-                self._catch_up(websocket)
+            self._catch_up(websocket)
             self._ready()
             self._receive_for_ever(websocket)
         except self._websockets.exceptions.ConnectionClosed as closed:
             raise self._closed(closed) from None
 
     def _catch_up(self, websocket: Any) -> None:
-        """Deliver all that the server sent before it answered a ping."""
-        pong = websocket.ping()
+        """Deliver what the server sends of its own accord at the beginning; a server that never falls silent gets 10 s."""
         deadline = time.monotonic() + _OPEN_S
-        # Reading goes on meanwhile: the pong is behind the messages, and the buffer for them is small.
-        while not pong.wait(0.005):
-            self._drain(websocket)
-            if time.monotonic() > deadline:
-                raise LostError("the server does not answer pings")
-        self._drain(websocket)
+        quiet = 0
+        while quiet < _QUIET_ROUNDS and time.monotonic() < deadline:
+            quiet = 0 if self._round_trip(websocket) else quiet + 1
 
-    def _drain(self, websocket: Any) -> None:
+    def _round_trip(self, websocket: Any) -> int:
+        """Wait for the answer to a ping, deliver what comes before it, and count that."""
+        began = time.monotonic()
+        pong = websocket.ping()
+        count = 0
+        # Reading goes on meanwhile: the pong is behind the messages, and the buffer for them is small.
+        while not pong.is_set() or time.monotonic() - began < _ROUND_S:
+            count += self._drain(websocket)
+            if time.monotonic() - began > _OPEN_S:
+                raise LostError("the server does not answer pings")
+            pong.wait(0.005)
+        return count + self._drain(websocket)
+
+    def _drain(self, websocket: Any) -> int:
+        count = 0
         with contextlib.suppress(TimeoutError):
             while True:
                 self._deliver(websocket.recv(timeout=0, decode=False))
+                count += 1
+        return count
 
     def _receive_for_ever(self, websocket: Any) -> None:
         next_ping = time.monotonic() + self._ping_interval_s

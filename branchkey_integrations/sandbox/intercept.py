@@ -111,6 +111,11 @@ class Interception:
         self.count += 1
         return self.count
 
+    def take_failure(self) -> BaseException | None:
+        """Give what the handler raised, once, so that no cycle of traceback and handler keeps things alive."""
+        failure, self.failure = self.failure, None
+        return failure
+
 
 class Interceptions:
     """Keep the handlers of all routes and run a request through those of its route, the newest outermost."""

@@ -317,14 +317,16 @@ class Sandbox:
         try:
             yield interception
         except Exception as error:
-            if interception.failure is not None:
+            failure = interception.take_failure()
+            if failure is not None:
                 # What went wrong in the block went wrong because of this.
-                raise interception.failure from error
+                raise failure from error
             raise
         finally:
             self._interceptions.remove(interception)
-        if interception.failure is not None:
-            raise interception.failure
+        failure = interception.take_failure()
+        if failure is not None:
+            raise failure
 
 
 def _import_server() -> tuple[Any, Any]:

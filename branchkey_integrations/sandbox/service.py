@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
-from branchkey_integrations.archive import Archive, write_archive
+from branchkey_integrations.archive import Archive
 from branchkey_integrations.credentials import Credentials
 from branchkey_integrations.errors import LayoutError, RunBlockedError, SandboxError
 from branchkey_integrations.events import check_aggregation_id
@@ -24,7 +24,7 @@ from branchkey_integrations.sandbox.mean import Stopped, WeightedMean, common_dt
 from branchkey_integrations.sandbox.reception import Parcel, Refusal, parse_metadata
 from branchkey_integrations.sandbox.records import Upload
 from branchkey_integrations.sandbox.roster import Roster
-from branchkey_integrations.sandbox.store import Store
+from branchkey_integrations.sandbox.store import Store, write_layers
 
 if TYPE_CHECKING:
     from branchkey_integrations.sandbox.broker import BrokerLink
@@ -211,7 +211,7 @@ class Service:
                 dtypes = common_dtypes([[dtype for _, dtype in update.layers] for update in closed.updates])
                 weightings = [update.weighting for update in closed.updates]
                 mean = WeightedMean(archives, weightings, dtypes, self._closing.is_set)
-                write_archive(self.store.aggregate_path(closed.aggregation_id), mean)
+                write_layers(self.store.aggregate_path(closed.aggregation_id), mean)
             with self.changed:
                 self.branch.finish(closed.aggregation_id)
                 self._announce(closed.aggregation_id)

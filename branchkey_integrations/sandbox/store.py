@@ -21,6 +21,8 @@ from typing import IO, Any
 import numpy as np
 
 from branchkey_integrations.archive import write_archive
+from branchkey_integrations.archive_pack import ZipWriter
+from branchkey_integrations.archive_zip import DEFLATED
 from branchkey_integrations.errors import SandboxError
 
 STATE_VERSION = 1
@@ -44,8 +46,7 @@ class Store:
             for name in ("uploads", "aggregates", "incoming"):
                 os.makedirs(os.path.join(self.path, name), mode=0o700, exist_ok=True)
             self._lock()
-            for name in os.listdir(self._in("incoming")):
-                os.unlink(self._in("incoming", name))
+            self._sweep()
         except OSError as error:
             self.close()
             raise SandboxError(
@@ -72,6 +73,13 @@ class Store:
                 found="another one that uses it",
                 fix="Stop the other sandbox, or choose another directory",
             ) from None
+
+    def _sweep(self) -> None:
+        """Remove what a killed sandbox left half done."""
+        for folder, suffix in (("incoming", ""), ("aggregates", ".part"), ("aggregates", ".tmp")):
+            for name in os.listdir(self._in(folder)):
+                if name.endswith(suffix):
+                    os.unlink(self._in(folder, name))
 
     def close(self) -> None:
         """Let go of the directory, and remove it if it was temporary."""
@@ -180,6 +188,26 @@ class Store:
             return []
         with open(self._in("metrics.jsonl"), encoding="utf-8") as file:
             return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def write_layers(path: str, layers: Sequence[np.ndarray[Any, Any]]) -> None:
+    """Write an aggregate whose layers are made one by one while it is written, so that only one is in memory.
+
+    The file is whole or not there: it grows under another name.
+    """
+    part = path + ".part"
+    try:
+        with open(part, "w+b") as file:
+            writer = ZipWriter(file, DEFLATED)
+            # By position: a loop variable would keep the last layer while the next one is made.
+            for index in range(len(layers)):
+                writer.add(f"layer_{index}", layers[index])
+            writer.finish()
+        os.replace(part, path)
+    except BaseException:
+        if os.path.exists(part):
+            os.unlink(part)
+        raise
 
 
 def arrays_writer(arrays: Sequence[np.ndarray[Any, Any]]) -> Callable[[str], Any]:

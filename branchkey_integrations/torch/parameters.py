@@ -70,10 +70,8 @@ class TorchParameters:
         return _layout(self._select())
 
     def tensors(self) -> list[Tensor]:
-        """Give the live tensors behind the layers, in layout order, after the checks of :meth:`layout`."""
-        selected = self._select()
-        _layout(selected)
-        return [tensor for _, tensor in selected]
+        """Give the live tensors behind the layers, in layout order, whether they can be layers now or not."""
+        return [tensor for _, tensor in self._select()]
 
     def read(self) -> list[np.ndarray]:
         """Copy the selected parameters into C-ordered arrays that own their memory.

@@ -1,0 +1,58 @@
+"""``sandbox`` at the command line: serves until a signal, then ends cleanly."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import urllib.error
+import urllib.request
+
+import pytest
+
+from branchkey_integrations import Client
+from branchkey_integrations.cli import main
+from tests.support.commands import running
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "sigterm"])
+def test_a_sandbox_serves_its_leaves_until_a_signal_and_ends_cleanly(number, tmp_path):
+    directory = tmp_path / "branch"
+    with running(["sandbox", "--leaves", 2, "--quorum", 1, "--directory", directory], tmp_path) as command:
+        command.wait_for("running")
+        url = command.wait_for("url").split()[1]
+        files = [line.split()[1] for line in command.out if line.startswith("credentials")]
+        assert files == [str(directory / "leaf-0.json"), str(directory / "leaf-1.json")]
+        assert "quorum       1 of 2 leaves" in command.out
+        for file in files:
+            with Client(file, host=url) as client:
+                assert client.run_status == "start"
+        command.process.send_signal(number)
+        assert command.finish(20) == 0
+        assert (command.out[-1], command.err) == ("ended", [])
+        assert command.left_running() == []
+        with pytest.raises(urllib.error.URLError):
+            urllib.request.urlopen(url, timeout=5)
+
+
+def test_a_port_that_is_taken_is_one_line(capsys):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        assert main(["sandbox", "--port", str(taken.getsockname()[1])]) == 1
+        err = capsys.readouterr().err.splitlines()
+        assert len(err) == 1
+        assert f"port {taken.getsockname()[1]}" in err[0]
+
+
+@pytest.mark.rabbitmq
+def test_a_sandbox_with_a_broker_prints_where_it_is_but_not_its_password_and_takes_it_along(tmp_path):
+    with running(["sandbox", "--rabbitmq", "auto", "--directory", tmp_path / "branch"], tmp_path) as command:
+        command.wait_for("running")
+        _, _, host, _, port = command.wait_for("rabbitmq ").replace(",", "").split()
+        assert not any("amqp://" in line for line in command.out)
+        url = command.wait_for("url").split()[1]
+        with Client(tmp_path / "branch" / "leaf-0.json", host=url, rbmq_host=host, rbmq_port=int(port)) as client:
+            assert client.notifications == "amqp"
+        command.process.send_signal(signal.SIGINT)
+        assert command.finish(40) == 0
+        assert command.left_running() == []
