@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -29,9 +30,11 @@ from tests.support.channels import (
     wait_until,
     warnings_of_listeners,
 )
-from tests.support.rabbitmq import aggregate, rabbitmq, run_status  # noqa: F401
+from tests.support.rabbitmq import aggregate, run_status
 from tests.support.relay import blackhole, relay, silent_peer
 from tests.support.websocket_server import websocket_server
+
+pytest_plugins = ["tests.support.rabbitmq"]
 
 #: The bodies of the public bug reports, and their kin.
 MALFORMED = {
@@ -213,13 +216,12 @@ def test_wrong_credentials_are_refused_by_start_and_nothing_runs_on(channel: Cha
 
 
 def test_a_closed_port_is_unreachable(channel: Channel) -> None:
-    port = channel.port
-    channel.stop()
-    try:
+    with socket.socket() as unheard:
+        # Bound but not listening: nobody else can take it, and connections are refused.
+        unheard.bind(("127.0.0.1", 0))
+        port = unheard.getsockname()[1]
         with pytest.raises(UnreachableError, match=f"{port}.*refused connection"):
-            channel.listener().start(10)
-    finally:
-        channel.start()
+            channel.listener(port=port).start(10)
     assert our_threads() == []
 
 
@@ -298,12 +300,11 @@ def test_close_in_a_long_pause(channel: Channel) -> None:
         assert listener.alive
 
 
-def test_close_while_the_server_is_down(channel: Channel) -> None:
-    with started(channel.listener()) as listener:
-        channel.stop()
-        wait_until(lambda: not listener.connected)
-        close_in_time(listener)
-        channel.start()
+def test_close_while_the_server_is_down(channel: Channel, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "branchkey_integrations.listeners")
+    with relay(channel.port) as line, started(channel.listener(port=line.port)):
+        line.close()
+        wait_until(lambda: "refused" in caplog.text)
 
 
 def test_close_when_the_line_is_dead(channel: Channel) -> None:
@@ -319,9 +320,10 @@ def test_one_warning_an_outage_however_long(channel: Channel, caplog: pytest.Log
         line.close()
         wait_until(lambda: caplog.text.count("trying again") >= 5)
         assert listener.alive
-    assert [record.levelname for record in caplog.records if "trying again" in record.message][:5] == ["WARNING"] + [
-        "INFO"
-    ] * 4
+    assert [record.levelname for record in caplog.records if "trying again" in record.message][:5] == [
+        "WARNING",
+        *["INFO"] * 4,
+    ]
 
 
 def test_pauses_double_up_to_a_cap_with_jitter_and_are_never_zero() -> None:

@@ -53,7 +53,10 @@ def main() -> None:
             try:
                 aggregate = client.wait_for_aggregation(args.timeout_s, newer_than=mark)
                 vector = client.load_aggregation(aggregate)[0]
-                fields.update(status="applied", aggregation_id=aggregate, accuracy=0.9)
+                accuracy = 0.2 if os.environ.get("DEMO_LEAF_IS_WORSE") else 0.9
+                fields.update(status="applied", aggregation_id=aggregate, accuracy=accuracy)
+                if os.environ.get("DEMO_LEAF_DRIFTS") and args.classes.startswith("4"):
+                    vector[0] += 1e-6
             except RoundTimeoutError as error:
                 fields.update(status="timeout", aggregation_id=None, reason=str(error))
             with open(args.checkpoint, "wb") as file:

@@ -51,7 +51,8 @@ answer["path"] = path
 answer["file_id"] = client.file_upload(path)
 answer["aggregation_id"] = client.queue.get(timeout=task["timeout_s"])
 client.file_download(answer["aggregation_id"])
-with np.load("aggregated_files/%s.npz" % answer["aggregation_id"], allow_pickle=False) as npz:
+# The documentation says aggregated_files/; 2.7.1 to 3.0.1 store in aggregated_output/.
+with np.load("aggregated_output/%s.npz" % answer["aggregation_id"], allow_pickle=False) as npz:
     answer["entries"] = npz.files
     answer["layers"] = [
         {"values": npz[name].ravel().tolist(), "dtype": npz[name].dtype.name, "shape": npz[name].shape}
