@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 # Only records written inside our own requests are touched; the user's other traffic is none of our business.
-_active: contextvars.ContextVar[bool] = contextvars.ContextVar("branchkey_redacting", default=False)
+_active: contextvars.ContextVar[str] = contextvars.ContextVar("branchkey_redacting", default="")
+_QUERIES, _ALL = "?", "/?"
 
 
 def without_query(url: str) -> str:
@@ -29,12 +30,13 @@ def host_of(url: str) -> str:
 
 
 class _HidePaths(logging.Filter):
-    """Replace every request target in urllib3's debug lines by the word ``<hidden>``."""
+    """Replace request targets in urllib3's debug lines by the word ``<hidden>``."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        if _active.get() and isinstance(record.args, tuple):
+        marks = _active.get()
+        if marks and isinstance(record.args, tuple):
             record.args = tuple(
-                "<hidden>" if isinstance(value, str) and ("/" in value or "?" in value) and " " not in value else value
+                "<hidden>" if isinstance(value, str) and any(mark in value for mark in marks) else value
                 for value in record.args
             )
             if record.exc_info:
@@ -46,12 +48,16 @@ _filter = _HidePaths()
 
 
 @contextlib.contextmanager
-def hidden_targets() -> Iterator[None]:
-    """Hide request targets in urllib3's log records while the block runs in this thread."""
+def hidden_targets(*, queries_only: bool = False) -> Iterator[None]:
+    """Hide request targets in urllib3's log records while the block runs in this thread.
+
+    Args:
+        queries_only: only those with a query. Our API calls have none, but a redirect of theirs may lead to a signed link.
+    """
     for name in ("urllib3.connectionpool", "urllib3.util.retry", "urllib3.connection"):
         # addFilter adds the same object only once, so this may run for every request.
         logging.getLogger(name).addFilter(_filter)
-    token = _active.set(True)
+    token = _active.set(_QUERIES if queries_only else _ALL)
     try:
         yield
     finally:

@@ -119,6 +119,19 @@ class _Adapter(HTTPAdapter):
     def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
         return super().proxy_manager_for(proxy, socket_options=_socket_options(), **options)
 
+    def forget(self) -> None:
+        """Let go of all idle connections; a request of another thread that has one in its hands is not disturbed."""
+        super().close()
+
+    def close(self) -> None:
+        """Close all idle connections now. urllib3 leaves that to the collector, and a kept traceback would keep them."""
+        for manager in (self.poolmanager, *self.proxy_manager.values()):
+            for key in manager.pools.keys():  # noqa: SIM118 - it forbids iteration, but gives a copy of its keys
+                pool = manager.pools.get(key)
+                if pool is not None:
+                    pool.close()
+        super().close()
+
 
 def _socket_options() -> list[tuple[int, int, int]]:
     options = list(HTTPConnection.default_socket_options)
@@ -180,8 +193,9 @@ class Transport:
         self._bearer = _Bearer(credentials)
         self._session = _Session()
         self._session.headers["User-Agent"] = "branchkey-integrations"
+        self._adapter = _Adapter()
         for scheme in ("http://", "https://"):
-            self._session.mount(scheme, _Adapter())
+            self._session.mount(scheme, self._adapter)
         # One session, several threads (training, ticket renewal): requests' pool is thread-safe, the clean-up below is not.
         self._lock = threading.Lock()
         self._last_used = time.monotonic()
@@ -269,7 +283,10 @@ class Transport:
         all_headers = {"accept": "application/json", "LEAF": "true", **(headers or {})}
         self._drop_stale_connections()
         try:
-            with self._send(method, url, all_headers, self._bearer, body, redirects=method == "GET") as answer:
+            with (
+                hidden_targets(queries_only=True),
+                self._send(method, url, all_headers, self._bearer, body, redirects=method == "GET") as answer,
+            ):
                 content = self._read_answer(action, answer)
                 status = answer.status_code
                 if status == success:
@@ -397,6 +414,5 @@ class Transport:
         with self._lock:
             now = time.monotonic()
             if now - self._last_used > _FRESH_S:
-                for adapter in self._session.adapters.values():
-                    adapter.close()
+                self._adapter.forget()
             self._last_used = now

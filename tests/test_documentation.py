@@ -458,6 +458,25 @@ def test_an_https_platform_is_reached_by_tunnels_only(tmp_path: Path) -> None:
         assert set(proxy.passages) == {Passage("CONNECT", netloc, admitted=True)}
 
 
+def test_without_the_option_http_and_websocket_both_follow_the_environment(
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leaf = sandbox.credentials[0].to_dict()
+    with ForwardProxy() as proxy, monkeypatch.context() as patch:
+        for name in ("no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY", "HTTP_PROXY"):
+            patch.delenv(name, raising=False)
+        patch.setenv("http_proxy", proxy.url)
+        with Client(leaf, host=sandbox.url) as client:
+            one_round(client, sandbox)
+        carried = proxy.passages
+        patch.setenv("no_proxy", "127.0.0.1")
+        with Client(leaf, host=sandbox.url):
+            assert sandbox.hits("ws") == 2
+        assert proxy.passages == carried
+    methods = [passage.method for passage in carried]
+    assert (methods.count("CONNECT"), methods.count("POST"), methods.count("GET")) == (1, 2, 3)
+
+
 def test_a_wrong_login_at_the_proxy_is_an_error_that_does_not_show_it(sandbox: Sandbox) -> None:
     with ForwardProxy("user", "password") as proxy:
         login = {"http": f"http://user:mistaken-secret@{proxy.netloc}"}

@@ -113,7 +113,10 @@ def test_three_leaves_hold_the_same_weighted_mean_bit_for_bit_after_each_of_thre
                         array += random.normal(size=array.shape).astype("f4")
                 total = sum(samples)
                 wanted = [
-                    (sum(w * arrays[i].astype("f8") for w, arrays in zip(samples, map(NumpyStore.read, stores))) / total)
+                    (
+                        sum(w * arrays[i].astype("f8") for w, arrays in zip(samples, map(NumpyStore.read, stores)))
+                        / total
+                    )
                     for i in range(2)
                 ]
                 outcomes: dict[int, RoundOutcome] = {}

@@ -46,7 +46,7 @@ def next_messages(sandbox: Sandbox, leaf: Credentials, count: int) -> list[objec
     connection = connect(sandbox, leaf)
     try:
         channel = connection.channel()
-        for method, _, body in channel.consume(leaf.id, inactivity_timeout=TIMEOUT_S):
+        for method, _, body in channel.consume(leaf.id, inactivity_timeout=30):
             if method is None:
                 break
             channel.basic_ack(method.delivery_tag)
@@ -119,6 +119,7 @@ def test_notifications_survive_the_death_of_the_broker() -> None:
         during = sandbox.publish([np.ones(1)])
         assert time.monotonic() - started < 1
         sandbox.broker.node.resume()
+        assert sandbox.broker.flush(60)
         assert next_messages(sandbox, leaf, 2) == [aggregate_ready(before), aggregate_ready(during)]
 
 

@@ -105,7 +105,10 @@ def test_an_upload_answered_after_the_read_timeout_is_not_sent_again(sandbox: Sa
         call.wait(release, 10)  # type: ignore[attr-defined]
         return result  # type: ignore[no-any-return]
 
-    with Leaf(sandbox.url, sandbox.credentials[0], timeout_s=0.4) as leaf, sandbox.intercept("upload", late) as interception:
+    with (
+        Leaf(sandbox.url, sandbox.credentials[0], timeout_s=0.4) as leaf,
+        sandbox.intercept("upload", late) as interception,
+    ):
         began = time.monotonic()
         with pytest.raises(UploadUncertainError) as caught:
             leaf.upload()
@@ -279,7 +282,10 @@ def test_an_answer_that_is_no_usable_object_is_an_api_error(sandbox: Sandbox, le
 
 
 def test_an_endless_answer_is_cut(sandbox: Sandbox, leaf: Leaf) -> None:
-    with sandbox.intercept("run", Answer(200, b" " * (5 << 20))), pytest.raises(ApiError, match="at most 4194304 bytes"):
+    with (
+        sandbox.intercept("run", Answer(200, b" " * (5 << 20))),
+        pytest.raises(ApiError, match="at most 4194304 bytes"),
+    ):
         leaf.api.run_details()
 
 
@@ -297,8 +303,8 @@ def test_retry_after_is_obeyed_within_the_budget(sandbox: Sandbox, leaf: Leaf) -
 def test_retry_after_beyond_the_budget_ends_the_call_at_once(sandbox: Sandbox, leaf: Leaf, after: str) -> None:
     refusal = Answer.error(503, "maintenance", {"Retry-After": after})
     for route, ask in (("run", leaf.api.run_details), ("upload", leaf.upload)):
+        began = time.monotonic()
         with sandbox.intercept(route, refusal) as interception, pytest.raises(ApiError, match="maintenance") as caught:
-            began = time.monotonic()
             ask()
         assert time.monotonic() - began < 1
         assert interception.count == 1
@@ -313,7 +319,7 @@ def test_closing_ends_a_wait_for_the_next_try_at_once(sandbox: Sandbox) -> None:
         def ask() -> None:
             try:
                 leaf.api.run_details()
-            except BaseException as error:
+            except BranchKeyError as error:
                 outcome.append(error)
 
         with sandbox.intercept("run", Answer.error(503, "later")) as interception:
@@ -431,8 +437,8 @@ def test_a_cut_download_is_started_again_from_the_first_byte() -> None:
 
 def test_a_download_that_is_always_cut_fails_without_showing_its_url() -> None:
     with RawServer(lambda exchange: exchange.send(answer(200, b"PK", length=9))) as server, Leaf(server.url) as leaf:
+        url = f"{server.url}/o?signature=" + "secret".upper() * 3
         with pytest.raises((DownloadError, TransportError)) as caught:
-            url = f"{server.url}/o?signature=" + "secret".upper() * 3
             leaf.transport.fetch("download of a1", url, io.BytesIO())
     text = "".join(traceback.format_exception(type(caught.value), caught.value, caught.value.__traceback__))
     assert "SECRETSECRET" not in text + repr(caught.value)
@@ -564,14 +570,33 @@ def test_a_redirect_within_the_platform_keeps_the_bearer() -> None:
     assert [exchange.headers["authorization"][:7] for exchange in server.exchanges] == ["Bearer "] * 2
 
 
-def test_an_idle_connection_is_not_used_for_an_upload(monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox) -> None:
-    monkeypatch.setattr("branchkey_integrations.transport._FRESH_S", 0.0)
-    with Leaf(sandbox.url, sandbox.credentials[0]) as leaf:
-        adapter = leaf.transport._session.get_adapter(sandbox.url)
+@pytest.mark.parametrize(("fresh_s", "connections"), [(0.0, 2), (60.0, 1)])
+def test_a_connection_is_used_again_unless_it_was_idle_too_long(
+    monkeypatch: pytest.MonkeyPatch, sandbox: Sandbox, leaf: Leaf, fresh_s: float, connections: int
+) -> None:
+    monkeypatch.setattr("branchkey_integrations.transport._FRESH_S", fresh_s)
+    used = set()
+    for ask in (leaf.api.run_details, leaf.upload):
+        ask()
+        (pool,) = (leaf.transport._adapter.poolmanager.pools.get(key) for key in _keys(leaf))
+        (connection,) = (each for each in pool.pool.queue if each is not None)
+        used.add(connection.sock.getsockname())
+    assert len(used) == connections
+
+
+def _keys(leaf: Leaf) -> list[object]:
+    return list(leaf.transport._adapter.poolmanager.pools.keys())
+
+
+def test_closing_closes_idle_connections_though_an_error_is_kept(sandbox: Sandbox, leaf: Leaf) -> None:
+    with sandbox.intercept("run", Answer.error(404, "no")), pytest.raises(NotFoundError) as caught:
         leaf.api.run_details()
-        before = adapter.poolmanager.connection_from_url(sandbox.url)
-        leaf.upload()
-        assert adapter.poolmanager.connection_from_url(sandbox.url) is not before
+    (pool,) = (leaf.transport._adapter.poolmanager.pools.get(key) for key in _keys(leaf))
+    (connection,) = (each for each in pool.pool.queue if each is not None)
+    assert connection.sock is not None
+    leaf.transport.close()
+    assert connection.sock is None
+    assert caught.value.__traceback__ is not None
 
 
 def test_call_repeats_only_as_it_is_told(sandbox: Sandbox, leaf: Leaf) -> None:

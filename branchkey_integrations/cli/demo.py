@@ -30,7 +30,6 @@ def run_demo(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
     """
     script = find_script(arguments.framework, arguments.leaves_script)
     require_packages(arguments.framework)
-    # Drawing comes last, and asks for this then.
     output = make_folder(arguments.output)
     began = time.monotonic()
     progress = Progress()

@@ -255,6 +255,8 @@ class WebSocketListener(ThreadedListener):
             remaining = next_ping - time.monotonic()
             if remaining <= 0:
                 if pong is not None and not heard and not pong.is_set():
+                    # There is nobody to say good-bye to.
+                    shut_down(websocket.socket)
                     raise LostError("the server fell silent")
                 pong, heard = websocket.ping(), False
                 next_ping = time.monotonic() + self._ping_interval_s

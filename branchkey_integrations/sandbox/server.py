@@ -7,14 +7,13 @@ import contextlib
 import logging
 import socket
 import threading
-import warnings
 from collections.abc import Callable
 from typing import Any, Union
 
 import uvicorn
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from branchkey_integrations.errors import SandboxError
+from branchkey_integrations.sandbox.protocols import HttpProtocol, websocket_protocol
 
 _log = logging.getLogger("branchkey_integrations.sandbox")
 HOST = "127.0.0.1"
@@ -23,33 +22,6 @@ _GRACE_S = 1
 #: The platform's load balancer is not known; what is usual is longer than the pause between two epochs of a small model.
 _KEEP_ALIVE_S = 75
 _MOST_MESSAGE_BYTES = 1 << 16
-
-
-class _Http(H11Protocol):
-    """Let the application reach its connection, so that it can be cut."""
-
-    def connection_made(self, transport: Any) -> None:
-        super().connection_made(transport)
-        self.app_state = {**self.app_state, "transport": transport}
-
-
-def _websocket_protocol() -> Any:
-    """Choose the implementation that pings and warns of nothing: older uvicorn's newer one does not ping."""
-    try:
-        from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
-    except ImportError:
-        return "websockets"
-    if not hasattr(WebSocketsSansIOProtocol, "start_keepalive"):
-        return "websockets"
-
-    class Protocol(WebSocketsSansIOProtocol):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            # uvicorn writes the upgrade's URL, and with it the ticket, into its log.
-            self.logger = logging.getLogger("branchkey_integrations.sandbox.websocket")
-            self.logger.setLevel(logging.WARNING)
-
-    return Protocol
 
 
 class _Server(uvicorn.Server):
@@ -142,8 +114,8 @@ class ServerThread:
         certificate, key = self._tls or (None, None)
         config = uvicorn.Config(
             self._app,
-            http=_Http,
-            ws=_websocket_protocol(),
+            http=HttpProtocol,
+            ws=websocket_protocol(),
             lifespan="off",
             log_config=None,
             access_log=False,
@@ -158,10 +130,7 @@ class ServerThread:
             ssl_keyfile=key,
         )
         try:
-            with warnings.catch_warnings():
-                # Older uvicorn knows only the part of websockets that is on its way out.
-                warnings.simplefilter("ignore", DeprecationWarning)
-                config.load()
+            config.load()
         except OSError as error:  # ssl.SSLError is one
             raise SandboxError(
                 what="tls",

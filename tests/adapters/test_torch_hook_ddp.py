@@ -158,10 +158,9 @@ def test_aggregate_reaches_parameters_and_buffers_of_every_rank(ranks, silent):
     assert first == second
     assert first[0][0] == "pending"
     assert first[1][0] == "applied"
-    model = Net()
-    model.load_state_dict({name: torch.tensor(value) for name, value in first[2].items()})
-    for name, tensor in model.state_dict().items():
-        assert name.endswith("num_batches_tracked") or bool((tensor == 7.0).all()), name
+    assert len(first[2]) == 9
+    for name, value in first[2].items():
+        assert name.endswith("num_batches_tracked") or set(np.ravel(value)) == {7.0}, name
 
 
 def without_waiting(rank, at):
@@ -314,9 +313,10 @@ def test_wrong_option_on_one_rank_is_an_error_on_both(ranks, sandbox):
     assert sandbox.hits("run") == 0
 
 
-def samples_of(rank, at, samples):
+def samples_of(rank, at, samples, kind=None):
+    mine = samples[rank] if kind is None else kind(samples[rank])
     with BranchKeyHook(make(), connect(at), timeout_s=20) as hook:
-        return caught(lambda: hook.step(samples=samples[rank]))
+        return caught(lambda: hook.step(samples=mine))
 
 
 @pytest.mark.parametrize(
@@ -337,9 +337,11 @@ def test_samples_that_do_not_add_up_are_refused_everywhere(ranks, sandbox, sampl
     assert sandbox.hits("upload") == 0
 
 
-@pytest.mark.parametrize("samples", [(5, 0), (torch.tensor(2), np.int64(3)), (2.5, 2.5)])
-def test_samples_are_summed_over_the_ranks(ranks, sandbox, samples):
-    assert ranks.values(samples_of, where(sandbox), samples) == [None, None]
+@pytest.mark.parametrize(
+    ("samples", "kind"), [((5, 0), None), ((2, 3), torch.tensor), ((2, 3), np.int64), ((2.5, 2.5), None)]
+)
+def test_samples_are_summed_over_the_ranks(ranks, sandbox, samples, kind):
+    assert ranks.values(samples_of, where(sandbox), samples, kind) == [None, None]
     assert sandbox.uploads[0].weighting == 5.0
 
 
@@ -401,10 +403,10 @@ def test_rank_0_counts_the_epochs_and_any_rank_knows_a_foreign_checkpoint(ranks,
 
 def made_too_early(rank, at):
     dist.destroy_process_group()
-    with BranchKeyHook(nn.Linear(2, 1), connect(at)) as hook:
+    torch.manual_seed(rank)  # the branch would take the same weights for a repeat
+    with BranchKeyHook(nn.Linear(2, 1), connect(at), timeout_s=20) as hook:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        alone = caught(lambda: hook.step(samples=1))
-    return alone
+        return caught(lambda: hook.step(samples=1))
 
 
 def test_group_of_one_is_no_group(ranks, sandbox):

@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 
 import pika
 import pytest
-import trustme
 
 from branchkey_integrations.credentials import Credentials
 from branchkey_integrations.sandbox.broker_management import leaf_permissions
 from branchkey_integrations.sandbox.broker_node import PrivateBroker, user_definition
 from tests.support.credentials import make_credentials
+from tests.support.tls import private_tls
 
 #: Creating a leaf on a running node takes half a second; at boot it is free.
 _MADE_IN_ADVANCE = 150
@@ -128,24 +128,15 @@ def definitions(leaves: Sequence[Credentials]) -> dict[str, object]:
 
 @pytest.fixture(scope="session")
 def rabbitmq(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RabbitMQ]:
-    """Run a private RabbitMQ for the session; tests that use it carry the mark ``rabbitmq``."""
-    folder = tmp_path_factory.mktemp("rabbitmq")
-    authority = trustme.CA()
-    server = authority.issue_cert("localhost", "127.0.0.1")
-    authority.cert_pem.write_to_path(folder / "ca.pem")
-    server.private_key_pem.write_to_path(folder / "server.key")
-    for index, blob in enumerate(server.cert_chain_pems):
-        blob.write_to_path(folder / "server.pem", append=index > 0)
-    made = RabbitMQ((str(folder / "server.pem"), str(folder / "server.key")), str(folder / "ca.pem"))
+    """Run a private RabbitMQ for the session; tests that use it carry the mark ``rabbitmq``.
+
+    Name it in the test's signature, or in a fixture of a wider scope: asked for later, it would start behind the back of the
+    guard, which would then find its thread.
+    """
+    files = private_tls(tmp_path_factory.mktemp("rabbitmq"))
+    made = RabbitMQ(files.pair, files.ca)
     made.node.start()
     try:
         yield made
     finally:
         made.node.stop()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def rabbitmq_before_guards(request: pytest.FixtureRequest) -> None:
-    """Start the node before the guards take their first picture, if a selected test needs it."""
-    if any(item.get_closest_marker("rabbitmq") for item in request.session.items):
-        request.getfixturevalue("rabbitmq")

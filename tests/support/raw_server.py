@@ -17,7 +17,9 @@ Script = Callable[["Exchange"], None]
 _PATIENCE_S = 10.0
 
 
-def answer(status: int, body: bytes = b"", headers: Mapping[str, str] | None = None, length: int | None = None) -> bytes:
+def answer(
+    status: int, body: bytes = b"", headers: Mapping[str, str] | None = None, length: int | None = None
+) -> bytes:
     """Give a whole answer as bytes; ``length`` lies about the body's."""
     lines = [f"HTTP/1.1 {status} Whatever", f"Content-Length: {len(body) if length is None else length}"]
     lines += [f"{name}: {value}" for name, value in {"Connection": "close", **(headers or {})}.items()]

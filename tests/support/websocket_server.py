@@ -146,7 +146,10 @@ class WebSocketServer:
 
 def _answer(status: int) -> Response:
     phrase = http.HTTPStatus(status).phrase
-    return Response(status, phrase, Headers({"Content-Length": "0", "Connection": "close"}), b"")
+    headers = Headers({"Content-Length": "0", "Connection": "close"})
+    if status == 302:
+        headers["Location"] = "/elsewhere"
+    return Response(status, phrase, headers, b"")
 
 
 @contextlib.contextmanager
