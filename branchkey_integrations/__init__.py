@@ -11,6 +11,6 @@ from branchkey_integrations.client import Client
 from branchkey_integrations.config import RetryPolicy
 from branchkey_integrations.credentials import Credentials
 from branchkey_integrations.gate import Gate
-from branchkey_integrations.rounds import RoundOutcome
+from branchkey_integrations.outcome import RoundOutcome
 
 __all__ = ["Client", "Credentials", "Gate", "RoundOutcome", "RetryPolicy", "errors", "__version__"]

@@ -45,13 +45,19 @@ def retry_after_s(value: str | None) -> float | None:
     """Read ``Retry-After`` as seconds from now: a number or an HTTP date (RFC 9110, section 10.2.3)."""
     if not value:
         return None
-    if value.strip().isdigit():
-        return float(value)
+    seconds = whole_number(value.strip())
+    if seconds is not None:
+        return float(seconds)
     try:
         moment = email.utils.parsedate_to_datetime(value)
     except (TypeError, ValueError):
         return None
     return max(0.0, moment.timestamp() - time.time())
+
+
+def whole_number(text: str) -> int | None:
+    """Read the digits of a header; other signs that Unicode counts as digits (``²``) are none, and 18 are plenty."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= 18 else None
 
 
 def from_request(

@@ -317,8 +317,7 @@ class Transport:
             with hidden_targets(), self._send("GET", url, headers, _NoAuth(), None, redirects=True) as answer:
                 if answer.status_code != 200:
                     raise http_errors.bad_object(action, answer, host)
-                declared = answer.headers.get("Content-Length", "")
-                expected = int(declared) if declared.isdigit() else None
+                expected = http_errors.whole_number(answer.headers.get("Content-Length", ""))
                 received = self._copy(action, answer, target, expected, max_bytes)
         except (requests.RequestException, HTTPError) as error:
             raise http_errors.from_request(action, error, host, self.timeout_s, self.proxies)[0] from None

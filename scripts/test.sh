@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 
 scripts/environment.sh dev
 options=()
-if ! [ -x /usr/lib/rabbitmq/bin/rabbitmq-server ]; then
+if ! [ -x "${RABBITMQ_SCRIPTS:-/usr/lib/rabbitmq/bin}/rabbitmq-server" ]; then
     status=0
     scripts/system_package.sh rabbitmq-server || status=$?
     case $status in

@@ -390,12 +390,14 @@ def test_an_upload_over_a_slow_link_that_keeps_moving_may_take_longer_than_the_t
 
 
 def test_an_upload_whose_reader_stalls_is_a_deadline_and_not_uncertain() -> None:
-    with RawServer(Exchange.stall, receive_buffer_bytes=65536) as server:
-        with Leaf(server.url, timeout_s=0.5, retry=RetryPolicy(attempts=1)) as leaf:
-            began = time.monotonic()
-            with pytest.raises(DeadlineError):
-                leaf.upload(bytes(16 << 20))
-            assert time.monotonic() - began < 4
+    with (
+        RawServer(Exchange.stall, receive_buffer_bytes=65536) as server,
+        Leaf(server.url, timeout_s=0.5, retry=RetryPolicy(attempts=1)) as leaf,
+    ):
+        began = time.monotonic()
+        with pytest.raises(DeadlineError):
+            leaf.upload(bytes(16 << 20))
+        assert time.monotonic() - began < 4
 
 
 def test_a_download_over_a_slow_link_that_keeps_moving_may_take_longer_than_the_timeout(tmp_path: Path) -> None:
@@ -414,9 +416,12 @@ def test_a_download_that_stalls_is_a_deadline() -> None:
         exchange.send(answer(200, b"PK", length=100))
         exchange.stall()
 
-    with RawServer(stall) as server, Leaf(server.url, timeout_s=0.3, retry=RetryPolicy(attempts=1)) as leaf:
-        with pytest.raises(DeadlineError):
-            leaf.transport.fetch("download of a1", f"{server.url}/o?signature=abc", io.BytesIO())
+    with (
+        RawServer(stall) as server,
+        Leaf(server.url, timeout_s=0.3, retry=RetryPolicy(attempts=1)) as leaf,
+        pytest.raises(DeadlineError),
+    ):
+        leaf.transport.fetch("download of a1", f"{server.url}/o?signature=abc", io.BytesIO())
 
 
 # --- the presigned object ----------------------------------------------------------------------------------------------
@@ -464,9 +469,18 @@ def test_a_download_larger_than_allowed_is_refused_by_its_length_and_by_its_byte
 
 
 def test_an_object_of_no_bytes_is_refused() -> None:
-    with RawServer(lambda exchange: exchange.send(answer(200))) as server:
-        with Leaf(server.url, retry=RetryPolicy(attempts=1)) as leaf, pytest.raises(DownloadError, match="0 bytes"):
-            leaf.transport.fetch("download", f"{server.url}/o", io.BytesIO())
+    with (
+        RawServer(lambda exchange: exchange.send(answer(200))) as server,
+        Leaf(server.url, retry=RetryPolicy(attempts=1)) as leaf,
+        pytest.raises(DownloadError, match="0 bytes"),
+    ):
+        leaf.transport.fetch("download", f"{server.url}/o", io.BytesIO())
+
+
+def test_a_length_that_is_no_number_is_not_relied_on() -> None:
+    odd = "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: ²\r\n\r\n".encode("latin-1") + b"PK"
+    with RawServer(lambda exchange: exchange.send(odd)) as server, Leaf(server.url) as leaf:
+        assert leaf.transport.fetch("download", f"{server.url}/o", io.BytesIO()) == 2
 
 
 def test_a_packed_transfer_is_stored_as_it_came() -> None:

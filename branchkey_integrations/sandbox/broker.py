@@ -7,8 +7,9 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from branchkey_integrations.errors import ConfigurationError
-from branchkey_integrations.sandbox.broker_management import ManagedBroker, leaf_permissions
-from branchkey_integrations.sandbox.broker_node import PrivateBroker, user_definition
+from branchkey_integrations.sandbox.broker_definitions import leaf_definitions
+from branchkey_integrations.sandbox.broker_management import ManagedBroker
+from branchkey_integrations.sandbox.broker_node import PrivateBroker
 from branchkey_integrations.sandbox.broker_publisher import Publisher
 
 __all__ = ["BrokerLink", "PrivateBroker"]
@@ -29,39 +30,8 @@ class _PrivateAdministration:
         self.node = node
 
     def add_leaf(self, tree_id: str, branch_id: str, leaf_id: str, session_token: str) -> None:
-        everything = {"configure": ".*", "write": ".*", "read": ".*"}
-        self.node.import_definitions(
-            {
-                "vhosts": [{"name": tree_id}],
-                "users": [user_definition(leaf_id, session_token)],
-                "permissions": [
-                    {"user": leaf_id, "vhost": tree_id, **leaf_permissions(leaf_id)},
-                    {"user": self.node.admin, "vhost": tree_id, **everything},
-                ],
-                "exchanges": [
-                    {
-                        "name": branch_id,
-                        "vhost": tree_id,
-                        "type": "fanout",
-                        "durable": True,
-                        "auto_delete": False,
-                        "internal": False,
-                        "arguments": {},
-                    }
-                ],
-                "queues": [{"name": leaf_id, "vhost": tree_id, "durable": True, "auto_delete": False, "arguments": {}}],
-                "bindings": [
-                    {
-                        "source": branch_id,
-                        "vhost": tree_id,
-                        "destination": leaf_id,
-                        "destination_type": "queue",
-                        "routing_key": "",
-                        "arguments": {},
-                    }
-                ],
-            }
-        )
+        admin = self.node.admin
+        self.node.import_definitions(leaf_definitions(tree_id, branch_id, leaf_id, session_token, admin))
 
     def close(self) -> None:
         self.node.stop()

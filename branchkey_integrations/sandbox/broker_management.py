@@ -9,17 +9,11 @@ import requests
 from requests.auth import HTTPBasicAuth
 
 from branchkey_integrations.errors import SandboxError
+from branchkey_integrations.sandbox.broker_definitions import ALL_RIGHTS, leaf_permissions
 
 _TIMEOUT_S = 10.0
 _MANAGEMENT_PORT = 15672
 _AMQP_PORT = 5672
-
-
-def leaf_permissions(leaf_id: str) -> dict[str, str]:
-    """Give the least permission that a leaf's listener needs: read its own queue."""
-    # Ids may hold characters that mean something in a pattern, such as dots.
-    escaped = "".join(each if each.isalnum() or each in "-_" else f"\\{each}" for each in leaf_id)
-    return {"configure": "", "write": "", "read": f"^{escaped}$"}
 
 
 class ManagedBroker:
@@ -58,10 +52,9 @@ class ManagedBroker:
     def add_leaf(self, tree_id: str, branch_id: str, leaf_id: str, session_token: str) -> None:
         """Create vhost, user, permissions, exchange, queue and binding; what exists stays (0.07 s)."""
         tree, branch, leaf = (quote(name, safe="") for name in (tree_id, branch_id, leaf_id))
-        everything = {"configure": ".*", "write": ".*", "read": ".*"}
         queue = {"durable": True, "auto_delete": False, "arguments": {}}
         self._call("PUT", f"vhosts/{tree}")
-        self._call("PUT", f"permissions/{tree}/{quote(self._user, safe='')}", everything)
+        self._call("PUT", f"permissions/{tree}/{quote(self._user, safe='')}", ALL_RIGHTS)
         self._call("PUT", f"users/{leaf}", {"password": session_token, "tags": ""})
         self._call("PUT", f"permissions/{tree}/{leaf}", leaf_permissions(leaf_id))
         self._call("PUT", f"exchanges/{tree}/{branch}", {"type": "fanout", **queue})

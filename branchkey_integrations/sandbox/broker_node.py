@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import hashlib
 import json
 import os
 import secrets
@@ -19,6 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from branchkey_integrations.errors import SandboxError
+from branchkey_integrations.sandbox.broker_definitions import ALL_RIGHTS, user_definition
 from branchkey_integrations.sandbox.broker_process import Keeper, Sweeper, answers, end, free_ports, write
 
 #: Debian's wrappers in ``/usr/sbin`` change the user and leave a daemon behind; these scripts do neither.
@@ -28,22 +27,6 @@ _BOOT_S = 60.0
 _CTL_S = 30.0
 _TRIES = 3
 _TAIL_LINES = 20
-
-
-def password_hash(password: str) -> str:
-    """Hash a password as RabbitMQ's ``rabbit_password_hashing_sha256`` does: base64(salt + SHA-256(salt + password))."""
-    salt = secrets.token_bytes(4)
-    return base64.b64encode(salt + hashlib.sha256(salt + password.encode()).digest()).decode()
-
-
-def user_definition(name: str, password: str, *tags: str) -> dict[str, Any]:
-    """Describe a user for ``definitions.json``."""
-    return {
-        "name": name,
-        "password_hash": password_hash(password),
-        "hashing_algorithm": "rabbit_password_hashing_sha256",
-        "tags": list(tags),
-    }
 
 
 class PrivateBroker:
@@ -284,17 +267,12 @@ class PrivateBroker:
     def _all_definitions(self) -> dict[str, Any]:
         given = self._definitions
         vhosts = [{"name": "/"}, *given.get("vhosts", [])]
+        rights = [{"user": self.admin, "vhost": vhost["name"], **ALL_RIGHTS} for vhost in vhosts]
         return {
             **given,
             "vhosts": vhosts,
             "users": [user_definition(self.admin, self.password, "administrator"), *given.get("users", [])],
-            "permissions": [
-                *(
-                    {"user": self.admin, "vhost": vhost["name"], "configure": ".*", "write": ".*", "read": ".*"}
-                    for vhost in vhosts
-                ),
-                *given.get("permissions", []),
-            ],
+            "permissions": [*rights, *given.get("permissions", [])],
         }
 
     def _boot(self) -> None:
@@ -313,7 +291,8 @@ class PrivateBroker:
                 raise SandboxError(
                     what="private broker",
                     expected=f"a RabbitMQ node that is up within {_BOOT_S:g} s",
-                    found=("one that ended: " if ended else "one still starting: ") + _why(text, self.log_tail()),
+                    found=("one that ended: " if ended else "one still starting: ")
+                    + _why(text.decode("utf-8", "replace") + self.log_tail()),
                     fix="Check memory and disk space, or use a running broker: amqp://user:password@host:port",
                 )
             time.sleep(0.05)
@@ -340,9 +319,9 @@ def _check_installed() -> None:
     )
 
 
-def _why(printed: bytes, log: str) -> str:
-    text = log + "\n" + printed.decode("utf-8", "replace")
-    if "eaddrinuse" in text:
+def _why(printed: str) -> str:
+    """Find what stopped a node among all that it printed: its first complaints, without time and process."""
+    if "eaddrinuse" in printed:
         return "a port was taken (eaddrinuse)"
-    lines = [line for line in text.splitlines() if "error" in line.lower()]
-    return " ".join((lines or text.splitlines())[-3:])
+    complaints = [line.split("> ", 1)[-1].strip() for line in printed.splitlines() if "[error]" in line]
+    return " ".join(list(dict.fromkeys(filter(None, complaints)))[:3]) or printed[-200:]

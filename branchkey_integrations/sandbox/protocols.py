@@ -28,13 +28,38 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         self.logger.setLevel(logging.WARNING)
 
 
-class PingingWebSocketProtocol(WebSocketProtocol):
-    """Ping, and wait for a slow reader, where uvicorn (before 0.40, the last ones for Python 3.9) does neither."""
+class OldWebSocketProtocol(WebSocketProtocol):
+    """Ping, wait for a slow reader, refuse in JSON and send empty texts, which the last uvicorn for Python 3.9 (0.39) cannot."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._timer: asyncio.TimerHandle | None = None
         self._unanswered = b""
+        self._refusal: Any = {}
+
+    async def send(self, message: Any) -> None:
+        """Take over what the base does wrongly: headers of a refusal would go out twice, empty texts not at all."""
+        if message["type"] == "websocket.http.response.start":
+            self._refusal = message
+        elif message["type"] == "websocket.http.response.body":
+            self._refuse(self._refusal["status"], self._refusal["headers"], message["body"])
+        elif message["type"] == "websocket.send" and message.get("text") == "" and not self.close_sent:
+            self.conn.send_text(b"")
+            self.transport.write(b"".join(self.conn.data_to_send()))
+        else:
+            await super().send(message)
+
+    def _refuse(self, status: int, headers: Any, body: bytes) -> None:
+        response = self.conn.reject(status, body.decode("utf-8"))
+        for name, value in ((name.decode("latin-1"), value.decode("latin-1")) for name, value in headers):
+            if name in response.headers:
+                del response.headers[name]
+            response.headers[name] = value
+        self.conn.send_response(response)
+        self.transport.write(b"".join(self.conn.data_to_send()))
+        self.queue.put_nowait({"type": "websocket.disconnect", "code": 1006})
+        self.handshake_complete = self.close_sent = True
+        self.transport.close()
 
     def pause_writing(self) -> None:  # noqa: D102 - as in the base
         self.writable.clear()
@@ -78,4 +103,4 @@ class PingingWebSocketProtocol(WebSocketProtocol):
 
 def websocket_protocol() -> type[asyncio.Protocol]:
     """Choose what suits the uvicorn that is installed."""
-    return WebSocketProtocol if hasattr(WebSocketsSansIOProtocol, "start_keepalive") else PingingWebSocketProtocol
+    return WebSocketProtocol if hasattr(WebSocketsSansIOProtocol, "start_keepalive") else OldWebSocketProtocol

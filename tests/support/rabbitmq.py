@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pika
 import pytest
 
 from branchkey_integrations.credentials import Credentials
-from branchkey_integrations.sandbox.broker_management import leaf_permissions
-from branchkey_integrations.sandbox.broker_node import PrivateBroker, user_definition
+from branchkey_integrations.sandbox.broker_definitions import leaf_definitions
+from branchkey_integrations.sandbox.broker_node import PrivateBroker
 from tests.support.credentials import make_credentials
 from tests.support.tls import private_tls
 
@@ -103,27 +104,14 @@ class RabbitMQ:
         return parameters
 
 
-def definitions(leaves: Sequence[Credentials]) -> dict[str, object]:
+def definitions(leaves: Sequence[Credentials]) -> dict[str, list[Any]]:
     """Describe leaves as ``definitions.json`` does."""
-    return {
-        "vhosts": [{"name": tree} for tree in sorted({leaf.tree_id for leaf in leaves})],
-        "users": [user_definition(leaf.id, leaf.session_token) for leaf in leaves],
-        "permissions": [{"user": leaf.id, "vhost": leaf.tree_id, **leaf_permissions(leaf.id)} for leaf in leaves],
-        "exchanges": [
-            {"name": leaf.branch_id, "vhost": leaf.tree_id, "type": "fanout", "durable": True, "auto_delete": False}
-            | {"internal": False, "arguments": {}}
-            for leaf in leaves
-        ],
-        "queues": [
-            {"name": leaf.id, "vhost": leaf.tree_id, "durable": True, "auto_delete": False, "arguments": {}}
-            for leaf in leaves
-        ],
-        "bindings": [
-            {"source": leaf.branch_id, "vhost": leaf.tree_id, "destination": leaf.id, "destination_type": "queue"}
-            | {"routing_key": "", "arguments": {}}
-            for leaf in leaves
-        ],
-    }
+    merged: dict[str, list[Any]] = {}
+    for leaf in leaves:
+        described = leaf_definitions(leaf.tree_id, leaf.branch_id, leaf.id, leaf.session_token)
+        for kind, entries in described.items():
+            merged.setdefault(kind, []).extend(entries)
+    return merged
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,440 @@
+"""The Lightning callback with a real branch: when it sends, what it loads, and what checkpoints hold."""
+
+from __future__ import annotations
+
+import copy
+import json
+from concurrent.futures import ThreadPoolExecutor
+
+import lightning.pytorch as lightning
+import numpy as np
+import pytest
+import pytorch_lightning
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from branchkey_integrations import Client, RetryPolicy
+from branchkey_integrations.errors import ConfigurationError, RoundTimeoutError
+from branchkey_integrations.lightning import BranchKeyCallback
+from branchkey_integrations.sandbox import Sandbox
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def sandbox():
+    with Sandbox(leaves=1) as branch:
+        yield branch
+
+
+def connect(branch, leaf=0):
+    return lambda: Client(branch.credentials[leaf], host=branch.url, retry=RetryPolicy(backoff_s=0.05))
+
+
+def make_net(flavour=lightning):
+    class Net(flavour.LightningModule):
+        def __init__(self, seed=0):
+            super().__init__()
+            torch.manual_seed(seed)
+            self.lr = 0.1
+            self.layer = nn.Linear(3, 1)
+
+        def loss(self, batch):
+            while not isinstance(batch, torch.Tensor):
+                batch = batch["x"] if isinstance(batch, dict) else batch[0]
+            return (self.layer(batch) - 1).square().mean()
+
+        def training_step(self, batch, index):
+            loss = self.loss(batch)
+            self.log("train_loss", loss, on_step=False, on_epoch=True, batch_size=1)
+            return loss
+
+        def validation_step(self, batch, index):
+            self.log("val_loss", self.loss(batch), batch_size=1)
+
+        def test_step(self, batch, index):
+            self.log("test_loss", self.loss(batch), batch_size=1)
+
+        def predict_step(self, batch, index):
+            return self.loss(batch)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    return Net
+
+
+Net = make_net()
+
+
+class Rows(Dataset):
+    """18 rows, in batches of another kind each."""
+
+    def __init__(self, kind="tuple"):
+        self.kind = kind
+        self.x = torch.randn(18, 3, generator=torch.Generator().manual_seed(1))
+
+    def __len__(self):
+        return 18
+
+    def __getitem__(self, index):
+        return {"tuple": (self.x[index], 0), "dict": {"x": self.x[index]}, "tensor": self.x[index]}[self.kind]
+
+
+def data(kind="tuple", **options):
+    return DataLoader(Rows(kind), batch_size=4, **options)
+
+
+def held_out():
+    return DataLoader(TensorDataset(torch.ones(4, 3)), batch_size=4)
+
+
+def make_trainer(tmp_path, callbacks, flavour=lightning, **options):
+    settings = {"max_epochs": 1, "accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
+    settings.update(enable_progress_bar=False, enable_model_summary=False, default_root_dir=str(tmp_path))
+    return flavour.Trainer(callbacks=callbacks, **{**settings, **options})
+
+
+def weights(model):
+    return [parameter.detach().numpy().copy() for parameter in model.parameters()]
+
+
+def same(left, right):
+    return len(left) == len(right) and all(np.array_equal(a, b) for a, b in zip(left, right))
+
+
+# ---- names and options ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flavour", [lightning, pytorch_lightning], ids=["lightning", "pytorch_lightning"])
+def test_one_class_serves_the_trainers_of_both_names(tmp_path, sandbox, flavour):
+    callback = BranchKeyCallback(connect(sandbox))
+    assert isinstance(callback, flavour.Callback)
+    trainer = make_trainer(tmp_path, [callback], flavour, max_epochs=2)
+    trainer.fit(make_net(flavour)(), data())
+    assert len(sandbox.uploads) == 2
+    assert [outcome.status for outcome in callback.history] == ["pending", "applied"] * 2
+    assert callback.last_outcome.aggregation_id == sandbox.aggregates[-1]
+
+
+def test_options_are_checked_when_the_callback_is_made(sandbox):
+    with pytest.raises(ConfigurationError, match=r"timeout_s"):
+        BranchKeyCallback(connect(sandbox), timeout=3)
+    with pytest.raises(ConfigurationError, match=r"every_n_epochs: expected a whole number from 1, found 0"):
+        BranchKeyCallback(connect(sandbox), every_n_epochs=0)
+    with pytest.raises(ConfigurationError, match=r"client: expected .*Client.*found dict"):
+        BranchKeyCallback({"id": "x"})
+
+
+# ---- uploads are training epochs, and nothing else ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "weightings"),
+    [
+        ({"max_epochs": 2}, [18, 18]),
+        ({"val_check_interval": 0.5}, [18]),
+        ({"check_val_every_n_epoch": 2, "max_epochs": 3}, [18] * 3),
+        ({"limit_train_batches": 0}, []),
+        ({"limit_train_batches": 2}, [8]),
+        ({"fast_dev_run": True}, []),
+        ({"max_steps": 2, "max_epochs": 5}, [8]),
+        ({"accumulate_grad_batches": 2}, [18]),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else "",
+)
+def test_there_is_one_upload_for_a_training_epoch_weighted_by_what_was_seen(tmp_path, sandbox, options, weightings):
+    callback = BranchKeyCallback(connect(sandbox))
+    trainer = make_trainer(tmp_path, [callback], **options)
+    trainer.fit(Net(), data(), held_out())
+    assert [upload.weighting for upload in sandbox.uploads] == weightings
+    assert callback.round == len(weightings)
+    assert sandbox.connected == []
+
+
+@pytest.mark.parametrize("kind", ["dict", "tensor"])
+def test_samples_are_counted_in_every_kind_of_batch(tmp_path, sandbox, kind):
+    trainer = make_trainer(tmp_path, [BranchKeyCallback(connect(sandbox))])
+    trainer.fit(Net(), data(kind, drop_last=True))
+    assert [upload.weighting for upload in sandbox.uploads] == [16.0]
+
+
+def test_an_epoch_that_is_stopped_in_the_middle_counts_what_it_saw(tmp_path, sandbox):
+    class Stop(lightning.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = trainer.global_step == 3
+
+    make_trainer(tmp_path, [Stop(), BranchKeyCallback(connect(sandbox))], max_epochs=9).fit(Net(), data())
+    assert [upload.weighting for upload in sandbox.uploads] == [12.0]
+
+
+def test_validate_test_and_predict_send_nothing(tmp_path, sandbox):
+    trainer = make_trainer(tmp_path, [BranchKeyCallback(connect(sandbox))])
+    model = Net()
+    trainer.validate(model, held_out(), verbose=False)
+    trainer.test(model, held_out(), verbose=False)
+    trainer.predict(model, held_out())
+    assert (len(sandbox.uploads), sandbox.hits("run")) == (0, 0)
+
+
+def test_tuners_send_nothing(tmp_path, sandbox):
+    from lightning.pytorch.tuner import Tuner
+
+    class Tuned(Net):
+        def __init__(self):
+            super().__init__()
+            self.batch_size = 2
+
+        def train_dataloader(self):
+            return DataLoader(Rows(), batch_size=self.batch_size)
+
+    model = Tuned()
+    trainer = make_trainer(tmp_path, [BranchKeyCallback(connect(sandbox))])
+    tuner = Tuner(trainer)
+    assert tuner.lr_find(model, num_training=5, update_attr=False) is not None
+    tuner.scale_batch_size(model, max_trials=2, steps_per_trial=1)
+    assert (len(sandbox.uploads), sandbox.hits("run")) == (0, 0)
+    trainer.fit(model)
+    assert len(sandbox.uploads) == 1
+
+
+def test_every_nth_epoch_makes_a_round_and_counts_the_samples_of_all(tmp_path, sandbox):
+    trainer = make_trainer(tmp_path, [BranchKeyCallback(connect(sandbox), every_n_epochs=2)], max_epochs=5)
+    trainer.fit(Net(), data())
+    assert [upload.weighting for upload in sandbox.uploads] == [36.0, 36.0]
+
+
+def test_a_second_fit_goes_on_counting_rounds(tmp_path, sandbox):
+    callback = BranchKeyCallback(connect(sandbox))
+    model = Net()
+    make_trainer(tmp_path, [callback]).fit(model, data())
+    make_trainer(tmp_path, [callback]).fit(model, data())
+    assert (callback.round, len(sandbox.uploads)) == (2, 2)
+
+
+def test_metrics_of_the_sent_weights_go_to_the_platform(tmp_path, sandbox):
+    make_trainer(tmp_path, [BranchKeyCallback(connect(sandbox))], max_epochs=2, check_val_every_n_epoch=2).fit(
+        Net(), data(), held_out()
+    )
+    sent = [json.loads(metric["data"]) for metric in sandbox.metrics]
+    assert [sorted(metrics) for metrics in sent] == [["train_loss"], ["train_loss", "val_loss"]]
+
+
+# ---- weights and checkpoints ----------------------------------------------------------------------------------------
+
+
+def test_two_leaves_end_with_identical_weights_that_are_the_weighted_mean(tmp_path):
+    with Sandbox(leaves=2) as branch, ThreadPoolExecutor(2) as pool:
+        models = [Net(), Net()]
+        callbacks = [BranchKeyCallback(connect(branch, leaf), timeout_s=30) for leaf in range(2)]
+        trainers = [
+            make_trainer(tmp_path / str(leaf), [callbacks[leaf]], max_epochs=3, limit_train_batches=leaf + 1)
+            for leaf in range(2)
+        ]
+        jobs = [pool.submit(trainers[leaf].fit, models[leaf], data()) for leaf in range(2)]
+        for job in jobs:
+            job.result(60)
+        assert same(weights(models[0]), weights(models[1]))
+        last = branch.uploads[-2:]
+        assert sorted(upload.weighting for upload in last) == [4.0, 8.0]
+        for index, mine in enumerate(weights(models[0])):
+            mean = sum(upload.weighting * upload.layers[index].astype(np.float64) for upload in last) / 12
+            np.testing.assert_allclose(mine, mean, rtol=1e-6)
+        assert [callback.round for callback in callbacks] == [3, 3]
+
+
+def score(path):
+    model = Net()
+    model.load_state_dict(torch.load(path, weights_only=True)["state_dict"])
+    with torch.no_grad():
+        return float(model.loss((torch.ones(4, 3),))), weights(model)
+
+
+def test_a_monitored_checkpoint_holds_exactly_the_weights_that_had_the_score(tmp_path, sandbox):
+    class Shift(lightning.Callback):
+        """Make the aggregate differ from what was sent: the branch hands out other weights than the mean."""
+
+        def on_train_epoch_end(self, trainer, module):
+            number = len(sandbox.uploads)
+            sandbox.publish([np.full((1, 3), number, np.float32), np.zeros(1, np.float32)])
+
+    keep = ModelCheckpoint(str(tmp_path / "best"), monitor="val_loss", save_top_k=-1, filename="{epoch}-{val_loss:.8f}")
+    callback = BranchKeyCallback(connect(sandbox))
+    model = Net()
+    make_trainer(
+        tmp_path, [callback, Shift(), keep], max_epochs=3, enable_checkpointing=True
+    ).fit(model, data(), held_out())
+    files = sorted((tmp_path / "best").iterdir())
+    assert len(files) == len(sandbox.uploads) == 3
+    for path, upload in zip(files, sandbox.uploads):
+        found, kept = score(path)
+        assert found == pytest.approx(float(path.stem.split("val_loss=")[1]), abs=1e-6)
+        assert same(kept, upload.layers)
+    # The last round is loaded after all checkpoints.
+    assert callback.last_outcome.status == "applied"
+    assert same(weights(model), sandbox.aggregate(callback.last_outcome.aggregation_id))
+
+
+def plain(value):
+    if isinstance(value, dict):
+        return all(type(key) is str and plain(item) for key, item in value.items())
+    return value is None or type(value) in (str, int, float, bool)
+
+
+def test_a_resumed_run_counts_on_and_applies_no_aggregate_twice(tmp_path, sandbox):
+    first = BranchKeyCallback(connect(sandbox))
+    trainer = make_trainer(tmp_path, [first], max_epochs=2)
+    trainer.fit(Net(), data())
+    trainer.save_checkpoint(tmp_path / "two.ckpt")
+    state = torch.load(tmp_path / "two.ckpt", weights_only=True)["callbacks"]["BranchKeyCallback"]
+    assert plain(state)
+    assert sandbox.credentials[0].session_token not in repr(state)
+
+    second = BranchKeyCallback(connect(sandbox))
+    resumed = make_trainer(tmp_path, [second], max_epochs=3)
+    resumed.fit(Net(seed=5), data(), ckpt_path=str(tmp_path / "two.ckpt"), weights_only=True)
+    assert (second.round, len(sandbox.uploads)) == (3, 3)
+    applied = [outcome.aggregation_id for outcome in first.history + second.history if outcome.status == "applied"]
+    assert applied == sandbox.aggregates
+    assert len(set(applied)) == 3
+
+
+def test_a_round_that_was_sent_but_not_loaded_is_loaded_after_the_resume_and_not_sent_again(tmp_path):
+    class Dies(lightning.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 1:
+                raise KeyError("power cut")
+
+    with Sandbox(leaves=2) as branch:
+        keep = ModelCheckpoint(str(tmp_path), filename="last", every_n_epochs=1)
+        first = BranchKeyCallback(connect(branch))
+        with pytest.raises(KeyError, match="power cut"):
+            make_trainer(tmp_path, [Dies(), first, keep], max_epochs=2, enable_checkpointing=True).fit(Net(), data())
+        assert [upload.weighting for upload in branch.uploads] == [18.0]
+        assert first.last_outcome.status == "pending"
+        with connect(branch, 1)() as other:
+            second = BranchKeyCallback(connect(branch), timeout_s=30)
+            resumed = Net(seed=5)
+            loaded = []
+
+            class Look(lightning.Callback):
+                def on_train_batch_start(self, trainer, module, batch, index):
+                    if not loaded:
+                        loaded.append(weights(module))
+                        branch_rounds = second.history[0]
+                        assert branch_rounds.status == "applied"
+                    trainer.should_stop = True
+
+            other.upload([np.full((1, 3), 8, np.float32), np.zeros(1, np.float32)], 18)
+            trainer = make_trainer(tmp_path, [second, Look()], max_epochs=2)
+            with ThreadPoolExecutor(1) as pool:
+                fit = pool.submit(trainer.fit, resumed, data(), ckpt_path=str(tmp_path / "last.ckpt"))
+                branch.wait_for(lambda: len(branch.uploads) == 3, 30)
+                other.upload([np.zeros((1, 3), np.float32), np.zeros(1, np.float32)], 4)
+                fit.result(30)
+            assert same(loaded[0], branch.aggregate(branch.aggregates[0]))
+            mine = [upload for upload in branch.uploads if upload.leaf_id == branch.credentials[0].id]
+            assert [upload.weighting for upload in mine] == [18.0, 4.0]
+            assert second.round == 2
+
+
+def test_a_checkpoint_of_another_leaf_is_refused_with_both_named(tmp_path):
+    with Sandbox(leaves=2, quorum=1) as branch:
+        trainer = make_trainer(tmp_path, [BranchKeyCallback(connect(branch, 0))])
+        trainer.fit(Net(), data())
+        trainer.save_checkpoint(tmp_path / "one.ckpt")
+        other = make_trainer(tmp_path, [BranchKeyCallback(connect(branch, 1))], max_epochs=2)
+        with pytest.raises(ConfigurationError) as refused:
+            other.fit(Net(), data(), ckpt_path=str(tmp_path / "one.ckpt"))
+        assert all(branch.credentials[leaf].id in str(refused.value) for leaf in range(2))
+        assert branch.connected == []
+
+
+# ---- ends, errors, company ------------------------------------------------------------------------------------------
+
+
+def test_a_stopped_run_stops_the_trainer(tmp_path, sandbox):
+    class StopRun(lightning.Callback):
+        def on_train_epoch_start(self, trainer, module):
+            if trainer.current_epoch == 1:
+                sandbox.stop()
+
+    callback = BranchKeyCallback(connect(sandbox))
+    trainer = make_trainer(tmp_path, [StopRun(), callback], max_epochs=50)
+    trainer.fit(Net(), data())
+    assert trainer.should_stop
+    assert trainer.current_epoch == 2
+    assert callback.last_outcome.status == "stopped"
+
+
+def test_an_error_ends_the_fit_and_releases_what_the_callback_made(tmp_path):
+    with Sandbox(leaves=1, quorum=2) as branch:
+        callback = BranchKeyCallback(connect(branch), timeout_s=0.2)
+        with pytest.raises(RoundTimeoutError):
+            make_trainer(tmp_path, [callback], max_epochs=2).fit(Net(), data())
+        branch.wait_for(lambda: branch.connected == [])
+        assert callback.last_outcome.status == "timeout"
+        client = connect(branch)()
+        with client:
+            patient = BranchKeyCallback(client, timeout_s=0.2, on_error="keep_local")
+            make_trainer(tmp_path, [patient], max_epochs=2).fit(Net(), data())
+            assert [outcome.status for outcome in patient.history] == ["pending", "timeout"] * 2
+            # The user's own client stays open.
+            assert client.is_authenticated
+
+
+def test_two_branches_are_served_side_by_side_and_one_leaf_twice_is_refused(tmp_path, sandbox):
+    with Sandbox(leaves=1) as second:
+        both = [BranchKeyCallback(connect(sandbox)), BranchKeyCallback(connect(second), name="b")]
+        make_trainer(tmp_path, both).fit(Net(), data())
+        assert (len(sandbox.uploads), len(second.uploads)) == (1, 1)
+    twice = [BranchKeyCallback(connect(sandbox)), BranchKeyCallback(connect(sandbox), name="again")]
+    with pytest.raises(ConfigurationError, match=sandbox.credentials[0].id):
+        make_trainer(tmp_path, twice).fit(Net(), data())
+    assert len(sandbox.uploads) == 1
+
+
+def test_reset_clears_the_moments_of_the_trainers_optimizer(tmp_path, sandbox):
+    class Momentum(Net):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+    trainer = make_trainer(tmp_path, [BranchKeyCallback(connect(sandbox), optimizer_state="reset")])
+    trainer.fit(Momentum(), data())
+    buffers = [state["momentum_buffer"] for state in trainer.optimizers[0].state.values()]
+    assert len(buffers) == 2
+    assert all(float(buffer.abs().sum()) == 0.0 for buffer in buffers)
+
+
+def test_copies_share_the_client_and_no_connection(tmp_path, sandbox):
+    with connect(sandbox)() as client:
+        callback = BranchKeyCallback(client, timeout_s=20)
+        make_trainer(tmp_path, [callback]).fit(Net(), data())
+        twin = copy.deepcopy(callback)
+        make_trainer(tmp_path, [twin]).fit(Net(), data())
+        assert (callback.round, twin.round, len(sandbox.uploads)) == (1, 2, 2)
+
+
+def test_loggers_and_the_progress_bar_hear_of_each_round(tmp_path, sandbox, capfd):
+    from lightning.pytorch.loggers import CSVLogger
+
+    logger = CSVLogger(str(tmp_path))
+    callback = BranchKeyCallback(connect(sandbox), progress=True)
+    trainer = make_trainer(tmp_path, [callback], max_epochs=2, enable_progress_bar=True, logger=logger)
+    trainer.fit(Net(), data())
+    rows = [row for row in logger.experiment.metrics if "branchkey/round" in row] or _rows(logger)
+    assert [float(row["branchkey/round"]) for row in rows] == [1.0, 2.0]
+    assert [float(row["branchkey/status"]) for row in rows] == [0.0, 0.0]
+    assert all(float(row["branchkey/uploaded_mb"]) == callback.history[0].uploaded_bytes / 1e6 for row in rows)
+    assert all(float(row["branchkey/wait_s"]) >= 0 for row in rows)
+    assert "branchkey: round 2 applied" in "".join(capfd.readouterr())
+
+
+def _rows(logger):
+    import csv
+    from pathlib import Path
+
+    with open(Path(logger.log_dir) / "metrics.csv", encoding="utf-8") as file:
+        return [row for row in csv.DictReader(file) if row.get("branchkey/round")]
