@@ -17,11 +17,19 @@ from urllib.parse import quote
 from branchkey_integrations._version import __version__
 from branchkey_integrations.archive import ArchiveInfo
 from branchkey_integrations.credentials import Credentials
-from branchkey_integrations.errors import ApiError, ConfigurationError, DownloadError, UploadUncertainError
+from branchkey_integrations.errors import (
+    ApiError,
+    BranchKeyError,
+    ConfigurationError,
+    DownloadError,
+    UploadUncertainError,
+)
 from branchkey_integrations.transport import AnswerLostError, Repeat, Transport
 
 METRIC_MODES = ("test", "train", "non-federated")
 _PIECE_BYTES = 1024 * 1024
+#: The status of an upload that was taken.
+_STORED = 201
 #: Statuses by which an object store says that a presigned link has run out, or that something is wrong with it.
 _LINK_REFUSED = frozenset({400, 401, 403, 404, 410})
 
@@ -127,22 +135,22 @@ class Api:
                 "upload",
                 "POST",
                 "/api/v1/file/upload",
-                success=201,
+                success=_STORED,
                 repeat=Repeat.IF_NOT_TAKEN,
                 headers=headers,
                 body=body,
             )
         except AnswerLostError as lost:
-            raise UploadUncertainError(
-                what="upload",
-                expected="an answer with status 201",
-                found=f"none that tells ({lost.cause})",
-                fix="The update may have been received; it was not sent again, so that it cannot be counted twice",
-                digest=info.digest,
-            ) from lost.cause
-        file_id = _data("upload", answer).get("file_id")
+            raise _uncertain(lost.cause, info) from lost.cause
+        except ApiError as error:
+            if error.status != _STORED:
+                raise
+            # It says that it took the update, in words that make no sense: a second try could count this site twice.
+            raise _uncertain(error, info) from error
+        data = answer.get("data")
+        file_id = data.get("file_id") if isinstance(data, dict) else None
         if not isinstance(file_id, str) or not file_id:
-            raise _incomplete("upload", "file_id", answer)
+            raise _uncertain(_incomplete("upload", "file_id", answer), info)
         return file_id
 
     def download(self, aggregation_id: str, target: BinaryIO) -> int:
@@ -266,6 +274,16 @@ def _plain(value: Any) -> float | int:
     if isinstance(number, (int, float)) and math.isfinite(number):
         return number
     raise TypeError(f"{type(value).__name__} is not a finite number")
+
+
+def _uncertain(cause: BranchKeyError, info: ArchiveInfo) -> UploadUncertainError:
+    return UploadUncertainError(
+        what="upload",
+        expected=f"an answer with status {_STORED} and a file_id",
+        found=f"none that tells ({cause})",
+        fix="The update may have been received; it was not sent again, so that it cannot be counted twice",
+        digest=info.digest,
+    )
 
 
 def _segment(identifier: str) -> str:

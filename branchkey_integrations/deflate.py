@@ -86,17 +86,19 @@ def compressor(sample: Buffer) -> Compressor:
     """
     if _isal is not None:
         return cast(Compressor, _isal.compressobj(_ISAL_LEVEL, zlib.DEFLATED, _RAW_STREAM))
-    sample = memoryview(sample)[:SAMPLE_BYTES]
-    # Random mantissas hold no repeats: looking for them costs three quarters of the time and gains nothing. Where there are
-    # repeats (zeros, floats widened from a shorter type) the search pays.
-    plain = _packed_bytes(_huffman_only(), sample)
-    matched = _packed_bytes(_filtered(), sample)
-    return _filtered() if matched < plain * _WORTH_MATCHING else _huffman_only()
+    return _filtered() if _holds_repeats(memoryview(sample)[:SAMPLE_BYTES]) else _huffman_only()
 
 
 def decompressor() -> Decompressor:
     """Start to read a raw deflate stream."""
     return cast(Decompressor, (_isal or zlib).decompressobj(_RAW_STREAM))
+
+
+def _holds_repeats(sample: Buffer) -> bool:
+    # Random mantissas hold none: looking for them takes three quarters of the time and gains nothing. In zeros, and in floats
+    # widened from a shorter type, the search pays.
+    plain = _packed_bytes(_huffman_only(), sample)
+    return _packed_bytes(_filtered(), sample) < plain * _WORTH_MATCHING
 
 
 def _huffman_only() -> Compressor:

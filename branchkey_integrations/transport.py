@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import enum
 import logging
-import socket
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
-from urllib.parse import urlsplit
 
 import requests
-from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
-from urllib3.connection import HTTPConnection
 from urllib3.exceptions import HTTPError
 
 from branchkey_integrations import http_errors
@@ -35,6 +31,7 @@ from branchkey_integrations.errors import (
     TLSError,
     TransportError,
 )
+from branchkey_integrations.http_session import Adapter, Bearer, NoAuth, Session, as_it_comes
 from branchkey_integrations.redaction import hidden_targets, host_of
 
 logger = logging.getLogger("branchkey_integrations.transport")
@@ -46,10 +43,6 @@ _NOT_TAKEN = frozenset({408, 425, 429, 503})
 _TRANSIENT = _NOT_TAKEN | {500, 502, 504}
 #: A pooled connection idle for longer may be half closed; using it would make a lost answer look like a lost request.
 _FRESH_S = 4.0
-#: Most bytes of an upload that the kernel holds and has not sent yet.
-_UNSENT_BYTES = 128 * 1024
-_TRICKLE_BYTES = 16
-_OUR_HEADERS = ("Authorization", "LEAF", "x-bk-file-size", "x-bk-file-digest", "Cookie")
 
 
 class Repeat(enum.Enum):
@@ -80,77 +73,6 @@ class AnswerLostError(Exception):
     def __init__(self, cause: BranchKeyError) -> None:
         super().__init__(str(cause))
         self.cause = cause
-
-
-class _Bearer(AuthBase):
-    """Set our own header. Being an auth object it keeps ``requests`` from taking one out of ``.netrc``."""
-
-    def __init__(self, credentials: Credentials) -> None:
-        self._value = f"Bearer {credentials.id}:{credentials.session_token}"
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers["Authorization"] = self._value
-        return request
-
-
-class _NoAuth(AuthBase):
-    """Send no credentials at all, not even those of ``.netrc``."""
-
-    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        request.headers.pop("Authorization", None)
-        return request
-
-
-class _Session(requests.Session):
-    def rebuild_auth(self, prepared_request: requests.PreparedRequest, response: requests.Response) -> None:
-        # The parent would look into .netrc for the new host; a redirect must carry no credentials anywhere.
-        before, after = (urlsplit(request.url or "") for request in (response.request, prepared_request))
-        if (before.scheme, before.netloc) != (after.scheme, after.netloc):
-            for header in _OUR_HEADERS:
-                prepared_request.headers.pop(header, None)
-
-
-class _Adapter(HTTPAdapter):
-    """Keep what the kernel holds of an upload small."""
-
-    def init_poolmanager(self, *args: Any, **options: Any) -> None:
-        super().init_poolmanager(*args, socket_options=_socket_options(), **options)
-
-    def proxy_manager_for(self, proxy: str, **options: Any) -> Any:
-        return super().proxy_manager_for(proxy, socket_options=_socket_options(), **options)
-
-    def forget(self) -> None:
-        """Let go of all idle connections; a request of another thread that has one in its hands is not disturbed."""
-        super().close()
-
-    def close(self) -> None:
-        """Close all idle connections now. urllib3 leaves that to the collector, and a kept traceback would keep them."""
-        for manager in (self.poolmanager, *self.proxy_manager.values()):
-            for key in manager.pools.keys():  # noqa: SIM118 - it forbids iteration, but gives a copy of its keys
-                pool = manager.pools.get(key)
-                if pool is not None:
-                    pool.close()
-        super().close()
-
-
-def _socket_options() -> list[tuple[int, int, int]]:
-    options = list(HTTPConnection.default_socket_options)
-    lowat = getattr(socket, "TCP_NOTSENT_LOWAT", None)
-    if lowat is not None:
-        # The kernel takes megabytes ahead of a slow link; the deadline of the answer would run while they still leave.
-        # This limits what is not on its way yet, so a fast link with a long way stays fast.
-        options.append((socket.IPPROTO_TCP, lowat, _UNSENT_BYTES))
-    return options
-
-
-def _as_it_comes(answer: requests.Response) -> Iterator[bytes]:
-    """Give the body in pieces as they arrive: a plain read waits for a whole piece, however slowly it trickles in."""
-    read_some = getattr(answer.raw, "read1", None)  # urllib3 2.1 has it first
-    if read_some is None:
-        yield from answer.iter_content(_TRICKLE_BYTES)
-        return
-    while piece := read_some(64 * 1024, decode_content=True):
-        yield piece
 
 
 @dataclass
@@ -190,10 +112,10 @@ class Transport:
         self.timeout_s = timeout_s
         self.retry = retry or RetryPolicy()
         self._secret = credentials.session_token
-        self._bearer = _Bearer(credentials)
-        self._session = _Session()
+        self._bearer = Bearer(credentials)
+        self._session = Session()
         self._session.headers["User-Agent"] = "branchkey-integrations"
-        self._adapter = _Adapter()
+        self._adapter = Adapter()
         for scheme in ("http://", "https://"):
             self._session.mount(scheme, self._adapter)
         # One session, several threads (training, ticket renewal): requests' pool is thread-safe, the clean-up below is not.
@@ -314,7 +236,7 @@ class Transport:
         self._drop_stale_connections()
         # from None: the foreign error's text holds the presigned URL.
         try:
-            with hidden_targets(), self._send("GET", url, headers, _NoAuth(), None, redirects=True) as answer:
+            with hidden_targets(), self._send("GET", url, headers, NoAuth(), None, redirects=True) as answer:
                 if answer.status_code != 200:
                     raise http_errors.bad_object(action, answer, host)
                 expected = http_errors.whole_number(answer.headers.get("Content-Length", ""))
@@ -382,7 +304,7 @@ class Transport:
     def _read_answer(self, action: str, answer: requests.Response) -> bytes:
         deadline = time.monotonic() + self.timeout_s
         pieces, size = [], 0
-        for piece in _as_it_comes(answer):
+        for piece in as_it_comes(answer):
             pieces.append(piece)
             size += len(piece)
             if size > _MAX_JSON_BYTES:

@@ -16,7 +16,7 @@ from branchkey_integrations._version import __version__
 from branchkey_integrations.api import Api, MultipartBody, metrics_text
 from branchkey_integrations.archive import ArchiveInfo
 from branchkey_integrations.config import Endpoint, RetryPolicy
-from branchkey_integrations.errors import ApiError, ConfigurationError
+from branchkey_integrations.errors import ApiError, ConfigurationError, UploadUncertainError
 from branchkey_integrations.sandbox import Answer, Sandbox
 from branchkey_integrations.transport import Transport
 
@@ -173,9 +173,10 @@ def test_an_answer_that_lacks_something_says_what_and_shows_only_key_names(
     for body in bodies:
         with (
             sandbox.intercept(route, Answer.json({**body, "key": "a-secret-value"}, status)),
-            pytest.raises(ApiError, match=named) as caught,
+            pytest.raises((ApiError, UploadUncertainError), match=named) as caught,
         ):
             asks[route]()
+        assert isinstance(caught.value, UploadUncertainError) is (route == "upload")
         assert "a-secret-value" not in str(caught.value)
 
 

@@ -17,6 +17,7 @@ from branchkey_integrations import archive_zip
 from branchkey_integrations.archive import (
     Archive,
 )
+from branchkey_integrations.archive_stream import ByteSource, MemberStream
 from branchkey_integrations.errors import ArchiveError
 from tests.support import archives
 from tests.support.archives import (
@@ -139,6 +140,25 @@ def test_bytes_behind_the_packed_stream_are_refused() -> None:
     assert matches("layer_0: .*foreign bytes behind the data", refusal(data))
     far = forged(deflated(SIXTEEN) + bytes(10**6), raw_bytes=len(SIXTEEN), crc=zlib.crc32(SIXTEEN))
     assert matches("layer_0: .*foreign bytes behind the data", refusal(far))
+
+
+def test_a_member_that_reaches_into_the_directory_is_refused() -> None:
+    stream = deflated(SIXTEEN)
+    member = archive_zip.Member("layer_0.npy", 8, 0, zlib.crc32(SIXTEEN), len(stream) + 20, len(SIXTEEN), 0)
+    data = archive_zip.local_header(member) + stream
+    assert "reaches into the directory" in refusal(data + b"".join(archive_zip.directory([member], len(data))))
+
+
+def test_a_member_that_was_not_read_to_its_end_is_not_taken_for_sound() -> None:
+    data = forged(deflated(SIXTEEN), raw_bytes=len(SIXTEEN), crc=zlib.crc32(SIXTEEN))
+    source = ByteSource(io.BytesIO(data))
+    (member,), _ = archive_zip.read_directory(source.read_at, source.size)
+    stream = MemberStream(source, member, archive_zip.read_local_header(source.read_at, member))
+    assert stream.take(6) == b"\x93NUMPY"
+    with pytest.raises(ArchiveError, match="layer_0: .*longer than its header says"):
+        stream.finish()
+    with pytest.raises(ArchiveError, match="layer_0: .*shorter than its header says"):
+        stream.take(len(SIXTEEN))
 
 
 def test_a_wrong_crc_is_refused() -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from branchkey_integrations.credentials import Credentials
 from branchkey_integrations.errors import ConfigurationError, SandboxError
-from branchkey_integrations.sandbox import broker_node
+from branchkey_integrations.sandbox import broker_install
 from branchkey_integrations.sandbox.broker import BrokerLink, PrivateBroker
 from tests.support.channels import wait_until
 from tests.support.credentials import make_credentials
@@ -141,7 +141,7 @@ def test_an_interrupt_from_the_terminal_does_not_reach_it(rabbitmq: RabbitMQ) ->
 
 
 def test_where_it_is_not_installed_the_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(broker_node, "SCRIPTS", "/nowhere")
+    monkeypatch.setattr(broker_install, "SCRIPTS", "/nowhere")
     with pytest.raises(SandboxError, match=r"Debian's package rabbitmq-server.*apt-get install rabbitmq-server"):
         PrivateBroker().start()
 

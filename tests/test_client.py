@@ -327,7 +327,7 @@ def assert_ends_at_once(client: Client, wait: Callable[[], Any], waiting: Callab
         except BranchKeyError as error:
             caught.append(error)
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
     eventually(waiting)
     began = time.monotonic()

@@ -70,6 +70,9 @@ def test_packing_never_makes_floats_larger(name: str, most: float) -> None:
 def test_the_standard_library_searches_for_repeats_only_where_there_are_some() -> None:
     with archives.using("zlib"):
         plain = zlib.compressobj(1, zlib.DEFLATED, -15, zlib.DEF_MEM_LEVEL, zlib.Z_HUFFMAN_ONLY)
+        assert not deflate._holds_repeats(SAMPLES["weights"])
+        assert deflate._holds_repeats(SAMPLES["zeros"])
+        assert deflate._holds_repeats(SAMPLES["widened weights"])
         assert packed(SAMPLES["weights"], 10**9) == plain.compress(SAMPLES["weights"]) + plain.flush()
         filtered = zlib.compressobj(4, zlib.DEFLATED, -15, zlib.DEF_MEM_LEVEL, zlib.Z_FILTERED)
         assert packed(SAMPLES["zeros"], 10**9) == filtered.compress(SAMPLES["zeros"]) + filtered.flush()

@@ -124,7 +124,7 @@ def test_three_leaves_hold_the_same_weighted_mean_bit_for_bit_after_each_of_thre
                 def run(index: int, outcomes: dict[int, RoundOutcome] = outcomes) -> None:
                     outcomes[index] = step(engines[index], stores[index], samples[index])
 
-                threads = [threading.Thread(target=run, args=(index,)) for index in range(3)]
+                threads = [threading.Thread(target=run, args=(index,), daemon=True) for index in range(3)]
                 for thread in threads:
                     thread.start()
                 for thread in threads:

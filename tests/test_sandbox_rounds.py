@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from branchkey_integrations.sandbox import Sandbox
+from branchkey_integrations.sandbox import Sandbox, service
 from tests.support.raw_leaf import RawLeaf, aggregate_ready, npz, received
 
 
@@ -107,6 +107,18 @@ def test_a_repeat_after_the_round_has_closed_is_not_counted_into_the_next_one() 
         leaf.link(aggregation_id)
         assert leaf.upload(content).json()["data"]["file_id"] != first
         wait_for_aggregates(sandbox, 2)
+
+
+def test_a_repeat_is_known_by_its_digest_before_its_contents_are_looked_at(
+    sandbox: Sandbox, leaves, monkeypatch
+) -> None:
+    looked: list[str] = []
+    real = service.check_contents
+    monkeypatch.setattr(service, "check_contents", lambda parcel: looked.append(parcel.digest) or real(parcel))
+    content = npz([np.array([1.0])])
+    for _ in range(3):
+        assert leaves[0].upload(content).status_code == 201
+    assert len(looked) == 1
 
 
 def test_repeats_that_come_at_the_same_time_count_once() -> None:

@@ -44,6 +44,7 @@ def draw_curves(
     # Not pyplot: that keeps state in the process and may look for a screen.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -55,7 +56,8 @@ def draw_curves(
     axes.plot([x for x, _ in points], [y for _, y in points], "-", color="C0", linewidth=2.5, label="federated model")
     axes.set(xlabel="round", ylabel="accuracy on the common test set, all ten classes", ylim=(0, 1))
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(loc="upper left")
     path = os.path.join(folder, "curves.png")
     figure.savefig(path, dpi=120)
     return path

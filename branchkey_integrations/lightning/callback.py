@@ -53,7 +53,7 @@ class BranchKeyCallback(_Flavours):
         ConfigurationError: an option does not exist or cannot work; in ``setup``, a strategy that shards the model.
     """
 
-    def __new__(cls, *_: Any, **__: Any) -> BranchKeyCallback:  # noqa: PYI034  Self is not in Python 3.9
+    def __new__(cls, *_: Any, **__: Any) -> BranchKeyCallback:
         """Become a callback of the flavours that were imported after this module."""
         adopt(_Flavours, installed_bases())
         return super().__new__(cls)
@@ -92,6 +92,11 @@ class BranchKeyCallback(_Flavours):
         return int(self._state["rounds"]["round"]) if self._state else 0
 
     @property
+    def leaf_id(self) -> str | None:
+        """Id of the leaf while training goes on, on every rank; None before and after."""
+        return None if self._hook is None else str(self._hook.state_dict()["rounds"]["leaf_id"])
+
+    @property
     def state_key(self) -> str:
         """Name of this callback's state in a checkpoint; the same under both import names."""
         return "BranchKeyCallback" if self._name is None else f"BranchKeyCallback[{self._name}]"
@@ -125,9 +130,7 @@ class BranchKeyCallback(_Flavours):
     def _require_alone(self, trainer: Any, hook: BranchKeyHook) -> None:
         mine = hook.state_dict()["rounds"]["leaf_id"]
         for other in trainer.callbacks:
-            if other is self or not isinstance(other, BranchKeyCallback) or other._hook is None:
-                continue
-            if other._hook.state_dict()["rounds"]["leaf_id"] == mine:
+            if other is not self and isinstance(other, BranchKeyCallback) and other.leaf_id == mine:
                 raise ConfigurationError(
                     what="callbacks",
                     expected="a leaf of its own for each BranchKeyCallback",

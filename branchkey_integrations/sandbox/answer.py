@@ -28,7 +28,7 @@ class Answer:
         body: the bytes, or the path of a file to stream.
         content_type: value of the ``Content-Type`` header.
         headers: further headers.
-        cut_after_bytes: send the full ``Content-Length``, but only so many bytes of the body, then reset the connection.
+        cut_after_bytes: send the full ``Content-Length``, but only so many bytes of the body, then end the connection.
     """
 
     status: int
@@ -88,7 +88,8 @@ class Answer:
 async def send_answer(answer: Answer, scope: Scope, receive: Receive, send: Send) -> None:
     """Send an answer through ASGI; resets need the transport that :mod:`.server` leaves in the scope's state."""
     if answer.status == 0:
-        await _cut(scope, receive)
+        reset(transport_of(scope))
+        await _gone(receive)
         return
     names = {"content-type": answer.content_type, "content-length": str(answer.size_bytes)}
     names.update({name.lower(): value for name, value in answer.headers.items()})
@@ -104,7 +105,8 @@ async def send_answer(answer: Answer, scope: Scope, receive: Receive, send: Send
             # A large file on a fast link never makes ``send`` wait, and others want their turn.
             await asyncio.sleep(0)
     if answer.cut_after_bytes is not None:
-        await _cut(scope, receive)
+        await _break_off(transport_of(scope))
+        await _gone(receive)
         return
     await send({"type": "http.response.body", "body": b"", "more_body": False})
 
@@ -122,14 +124,16 @@ def reset(transport: Any) -> None:
     transport.abort()
 
 
-async def _cut(scope: Scope, receive: Receive) -> None:
-    transport = transport_of(scope)
+async def _break_off(transport: Any) -> None:
+    """End a connection in the middle of a body: what was sent so far arrives, and nothing after it."""
     deadline = time.monotonic() + _LONGEST_CUT_WAIT_S
-    # What was sent so far is to arrive; an abort throws away what still waits.
+    # An abort throws away what waits here, and a reset also what waits in the kernel.
     while transport.get_write_buffer_size() and time.monotonic() < deadline:
         await asyncio.sleep(0.005)
-    reset(transport)
+    transport.abort()
 
+
+async def _gone(receive: Receive) -> None:
     async def gone() -> None:
         # The server notices in its own time; an app that returns earlier would make it answer 500.
         while (await receive())["type"] not in ("http.disconnect", "websocket.disconnect"):

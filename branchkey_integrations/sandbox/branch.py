@@ -153,7 +153,6 @@ class Branch:
         for other in self._pending.values():
             if other.leaf_id != update.leaf_id:
                 require_same_layers(other, update)
-        self._counted.pop(update.leaf_id, None)
         self._pending[update.leaf_id] = update
         return Receipt(update.file_id, closed=self.close_if_complete())
 

@@ -9,7 +9,6 @@ import secrets
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -17,11 +16,10 @@ from types import TracebackType
 from typing import Any
 
 from branchkey_integrations.errors import SandboxError
+from branchkey_integrations.sandbox import broker_install as install
 from branchkey_integrations.sandbox.broker_definitions import ALL_RIGHTS, user_definition
 from branchkey_integrations.sandbox.broker_process import Keeper, Sweeper, answers, end, free_ports, write
 
-#: Debian's wrappers in ``/usr/sbin`` change the user and leave a daemon behind; these scripts do neither.
-SCRIPTS = "/usr/lib/rabbitmq/bin"
 _READY = b"completed with"
 _BOOT_S = 60.0
 _CTL_S = 30.0
@@ -106,7 +104,7 @@ class PrivateBroker:
         """Start the node and return when it takes connections (2.5 to 6 s)."""
         if self.running:
             return
-        _check_installed()
+        install.check()
         failure = SandboxError()
         for _ in range(_TRIES):
             try:
@@ -163,7 +161,7 @@ class PrivateBroker:
         Raises:
             SandboxError: it failed.
         """
-        command = [f"{SCRIPTS}/rabbitmqctl", "-q", "-n", self._node, *arguments]
+        command = [install.script("rabbitmqctl"), "-q", "-n", self._node, *arguments]
         try:
             done = subprocess.run(  # noqa: S603 - no shell
                 command,
@@ -238,7 +236,7 @@ class PrivateBroker:
             "RUNNING_UNDER_SYSTEMD": "true",
         }
         # Without an epmd of its own the node would start one as a daemon, which outlives everything.
-        self._epmd = self._keeper.launch([_epmd(), "-port", str(epmd)], self._environment, None)
+        self._epmd = self._keeper.launch([install.epmd(), "-port", str(epmd)], self._environment, None)
         if not answers(epmd, self._epmd, _CTL_S):
             raise SandboxError(
                 what="private broker", expected="Erlang's port mapper epmd", found="one that ended (eaddrinuse)"
@@ -278,7 +276,7 @@ class PrivateBroker:
     def _boot(self) -> None:
         boot = os.path.join(self._folder, "boot.out")
         with open(boot, "wb") as output:
-            self._server = self._keeper.launch([f"{SCRIPTS}/rabbitmq-server"], self._environment, output.fileno())
+            self._server = self._keeper.launch([install.script("rabbitmq-server")], self._environment, output.fileno())
         write(os.path.join(self._folder, "node.pid"), str(self._server.pid))
         deadline = time.monotonic() + _BOOT_S
         while True:
@@ -292,36 +290,7 @@ class PrivateBroker:
                     what="private broker",
                     expected=f"a RabbitMQ node that is up within {_BOOT_S:g} s",
                     found=("one that ended: " if ended else "one still starting: ")
-                    + _why(text.decode("utf-8", "replace") + self.log_tail()),
+                    + install.why(text.decode("utf-8", "replace") + self.log_tail()),
                     fix="Check memory and disk space, or use a running broker: amqp://user:password@host:port",
                 )
             time.sleep(0.05)
-
-
-def _epmd() -> str:
-    return shutil.which("epmd") or "/usr/bin/epmd"
-
-
-def _check_installed() -> None:
-    if not sys.platform.startswith("linux"):
-        found = f"the system {sys.platform}"
-    elif not os.access(f"{SCRIPTS}/rabbitmq-server", os.X_OK):
-        found = f"no {SCRIPTS}/rabbitmq-server"
-    elif not os.access(_epmd(), os.X_OK):
-        found = "no epmd"
-    else:
-        return
-    raise SandboxError(
-        what="private broker",
-        expected="Debian's package rabbitmq-server",
-        found=found,
-        fix="Run: apt-get install rabbitmq-server; or use a running broker: amqp://user:password@host:port",
-    )
-
-
-def _why(printed: str) -> str:
-    """Find what stopped a node among all that it printed: its first complaints, without time and process."""
-    if "eaddrinuse" in printed:
-        return "a port was taken (eaddrinuse)"
-    complaints = [line.split("> ", 1)[-1].strip() for line in printed.splitlines() if "[error]" in line]
-    return " ".join(list(dict.fromkeys(filter(None, complaints)))[:3]) or printed[-200:]

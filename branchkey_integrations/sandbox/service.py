@@ -163,7 +163,6 @@ class Service:
         Raises:
             Refusal: with the answer that names what is wrong; nothing is changed by it.
         """
-        self.require_started()
         with self.changed:
             known = self.branch.repeat_of(leaf.id, parcel.digest)
         if known is not None:

@@ -123,8 +123,15 @@ class Files:
         if os.getcwd() != self._folder:
             found.append(f"the current folder was left changed to {os.getcwd()}")
             os.chdir(self._folder)
-        new = sorted(self._listing() - self._before)
-        return found + [f"left behind: {path}" for path in new if Path(path).suffix not in _EDITED]
+        new = self._new()
+        if new:
+            # Editors and version control write under a passing name first, next to the file; a leak stays.
+            time.sleep(0.2)
+            new &= self._new()
+        return found + [f"left behind: {path}" for path in sorted(new)]
+
+    def _new(self) -> set[str]:
+        return {path for path in self._listing() - self._before if Path(path).suffix not in _EDITED}
 
     def _listing(self) -> set[str]:
         listing = set(_walk(str(REPOSITORY)))
