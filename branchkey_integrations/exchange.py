@@ -45,7 +45,7 @@ def require_finite(arrays: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
 @contextlib.contextmanager
 def packed(arrays: Sequence[np.ndarray], weighting: float) -> Iterator[tuple[BinaryIO, ArchiveInfo]]:
     """Pack layers into an archive that is gone when the block ends."""
-    size = sum(array.nbytes for array in arrays)
+    size = sum(getattr(array, "nbytes", 0) for array in arrays)
     with io.BytesIO() if size <= _IN_MEMORY_BYTES else tempfile.TemporaryFile() as file:
         yield file, write_archive(file, arrays, weighting)
 

@@ -93,6 +93,20 @@ class RoundOptions:
         """The choice of parameters."""
         return Selector(self.parameters)
 
+    def require_samples(self, samples: float | None) -> None:
+        """Demand a number of samples where the weighting needs one.
+
+        Raises:
+            ConfigurationError: ``weighting="samples"`` and nobody counted samples.
+        """
+        if samples is None and not callable(self.weighting) and self.weighting == "samples":
+            raise ConfigurationError(
+                what="samples",
+                expected="how many samples were trained on in this round",
+                found="None",
+                fix="Pass samples=len(dataset), or choose weighting=<a number>",
+            )
+
     def weight(self, samples: float | None, metrics: Mapping[str, float]) -> float:
         """Work out a round's weighting.
 
@@ -104,13 +118,7 @@ class RoundOptions:
             return check_weighting(self.weighting(metrics))
         if self.weighting != "samples":
             return check_weighting(self.weighting)
-        if samples is None:
-            raise ConfigurationError(
-                what="samples",
-                expected="how many samples were trained on in this round",
-                found="None",
-                fix="Pass samples=len(dataset), or choose weighting=<a number>",
-            )
+        self.require_samples(samples)
         return check_weighting(samples)
 
 

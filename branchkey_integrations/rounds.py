@@ -31,6 +31,7 @@ from branchkey_integrations.run_state import STOPPED
 logger = logging.getLogger("branchkey_integrations.rounds")
 
 _STATE_VERSION = 1
+_FRESH = "Resume with the checkpoint of this leaf, or start without its federation state"
 
 
 class RoundEngine:
@@ -88,6 +89,7 @@ class RoundEngine:
                 :class:`UploadUncertainError`.
         """
         numbers = finite_metrics(metrics)
+        self.options.require_samples(samples)
         self.round += 1
         try:
             weight = self.options.weight(samples, numbers)
@@ -108,8 +110,7 @@ class RoundEngine:
             return self._note(RoundOutcome(status, self.round, reason=str(error)))
         except UploadUncertainError as error:
             if self.options.on_error == "raise":
-                self._pending = None
-                raise
+                return self._give_up("skipped", error)
             # It may have been received, so an aggregate may come; sending again could count this site twice.
             logger.warning("round %d: %s", self.round, error)
             if self._pending is not None:
@@ -298,21 +299,29 @@ class RoundEngine:
         Raises:
             ConfigurationError: the state is of another leaf or branch (both are named), or is no state.
         """
+        if not isinstance(state, Mapping):
+            raise ConfigurationError(
+                what="state", expected="what state_dict() gave", found=type(state).__name__, fix=_FRESH
+            )
         for key, mine in (("leaf_id", self.client.leaf_id), ("branch_id", self.client.branch_id)):
             if state.get(key) != mine:
                 raise ConfigurationError(
                     what=f"checkpoint's {key}",
                     expected=mine,
                     found=str(state.get(key)),
-                    fix="Resume with the checkpoint of this leaf, or start without its federation state",
+                    fix=_FRESH,
                 )
-        self.round = int(state["round"])
-        self.last_applied = state["last_applied"]
-        self._fingerprint, self._layout = state["layout"], None
-        self._norm = state["norm"]
-        pending = state["pending"]
-        # Marks do not outlive a process: whatever the new client heard since it connected counts as newer.
-        self._pending = None if pending is None else PendingRound(mark=-1, **pending)
+        try:
+            pending = state["pending"]
+            # Marks do not outlive a process: whatever the new client heard since it connected counts as newer.
+            resumed = None if pending is None else PendingRound(mark=-1, **pending)
+            self.round, self.last_applied = int(state["round"]), state["last_applied"]
+            self._fingerprint, self._layout, self._norm = state["layout"], None, state["norm"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigurationError(
+                what="state", expected="what state_dict() gave", found=f"a broken one ({error})", fix=_FRESH
+            ) from error
+        self._pending = resumed
         queue = getattr(self.client, "queue", None)
         if queue is not None and self.last_applied:
             queue.forget_before(self.last_applied)

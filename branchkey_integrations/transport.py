@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import enum
 import logging
+import re
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol
+from urllib.parse import urlsplit
 
 import requests
 from requests.auth import AuthBase
-from urllib3.exceptions import HTTPError
+from urllib3.exceptions import HTTPError, InsecureRequestWarning
 
 from branchkey_integrations import http_errors
 from branchkey_integrations.config import Endpoint, RetryPolicy, Verify
@@ -287,6 +290,8 @@ class Transport:
             raise ClientClosedError(
                 what="client", expected="an open client", found="a closed one", fix="Make a new Client"
             )
+        if self.verify is False:
+            _warned_already(url)
         return self._session.request(
             method,
             url,
@@ -337,3 +342,11 @@ class Transport:
             if now - self._last_used > _FRESH_S:
                 self._adapter.forget()
             self._last_used = now
+
+
+def _warned_already(url: str) -> None:
+    """Silence urllib3's warning a request for a host whose certificate the user chose not to check; the client warned."""
+    host = re.escape(str(urlsplit(url).hostname))
+    warnings.filterwarnings(
+        "ignore", message=f".*request is being made to host '{host}'", category=InsecureRequestWarning
+    )

@@ -23,7 +23,7 @@ HOUSE: list[tuple[int, str]] = [
     ),
     (1, "events"),
     (1, "parameters"),
-    (2, "transport http_errors"),
+    (2, "transport http_session http_errors"),
     (2, "gate"),
     (3, "api"),
     (3, "listeners"),
@@ -112,7 +112,7 @@ def test_framework_names_stay_in_their_folders(path: Path) -> None:
 @pytest.mark.parametrize("path", python_files(f"{PACKAGE}/sandbox"), ids=_id)
 def test_the_sandbox_shares_no_client_code(path: Path) -> None:
     # A branch that used the client's own code would agree with its mistakes.
-    forbidden = {"client", "rounds", "transport", "http_errors", "listeners", "api", "gate"}
+    forbidden = {"client", "rounds", "transport", "http_session", "http_errors", "listeners", "api", "gate"}
     assert {name for name in imported(path) if name.startswith(PACKAGE) and _part(name) in forbidden} == set()
 
 

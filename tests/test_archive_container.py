@@ -155,9 +155,9 @@ def test_a_member_that_was_not_read_to_its_end_is_not_taken_for_sound() -> None:
     (member,), _ = archive_zip.read_directory(source.read_at, source.size)
     stream = MemberStream(source, member, archive_zip.read_local_header(source.read_at, member))
     assert stream.take(6) == b"\x93NUMPY"
-    with pytest.raises(ArchiveError, match="layer_0: .*longer than its header says"):
+    with pytest.raises(ArchiveError, match=r"layer_0: .*longer than its header says"):
         stream.finish()
-    with pytest.raises(ArchiveError, match="layer_0: .*shorter than its header says"):
+    with pytest.raises(ArchiveError, match=r"layer_0: .*shorter than its header says"):
         stream.take(len(SIXTEEN))
 
 

@@ -29,7 +29,8 @@ def test_the_broker_knows_it_by_its_name_and_no_longer_after_close(channel: Amqp
     with started(channel.listener()):
         (line,) = rabbitmq.connections(channel.leaf)
         assert f'{{"connection_name","leaf-{channel.leaf.id}"}}' in line
-        assert "running" in line
+        # In good health, and with the heartbeat of 30 seconds that the official clients use.
+        assert line.split("\t")[1:3] == ["running", "30"]
     assert rabbitmq.connections(channel.leaf) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import dataclasses
 import os
 import re
 import shutil
@@ -16,6 +17,8 @@ import pytest
 if sys.version_info >= (3, 11):
     import tomllib
 
+from branchkey_integrations import errors
+from branchkey_integrations.options import RoundOptions
 from tests.support.imports import PACKAGE, SOURCE, beyond_core, imported, python_files, third_party
 from tests.support.leaks import REPOSITORY
 
@@ -98,6 +101,30 @@ def test_the_readme_names_commands_that_exist() -> None:
     targets = set(re.findall(r"\bmake ([a-z]+)", _text("README.md")))
     assert {"demo", "test"} <= targets
     assert [target for target in targets if not re.search(rf"^{target}:", makefile, re.MULTILINE)] == []
+
+
+def test_the_readme_names_errors_and_options_that_exist_with_their_defaults() -> None:
+    readme = _text("README.md")
+    named = re.findall(r"^\| `(\w+Error)` \|", readme, re.MULTILINE)
+    assert len(named) > 5
+    assert [name for name in named if not hasattr(errors, name)] == []
+    rows = dict(re.findall(r"^\| `(\w+)` \| (`[^|]+`|automatic) \|", readme, re.MULTILINE))
+    options = RoundOptions()
+    shown = {"gate": "Gate()", "progress": "automatic"}
+    assert list(rows) == [field.name for field in dataclasses.fields(options)]
+    for name, default in rows.items():
+        value = getattr(options, name)
+        written = shown.get(
+            name, f'"{value}"' if isinstance(value, str) else f"{value:g}" if name == "timeout_s" else str(value)
+        )
+        assert default.strip("`") == written, name
+
+
+def test_the_readmes_python_compiles() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", _text("README.md"), re.DOTALL)
+    assert len(blocks) >= 5
+    for block in blocks:
+        compile(block, "README.md", "exec")
 
 
 def test_the_changelog_knows_the_version() -> None:

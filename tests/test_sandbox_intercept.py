@@ -189,14 +189,17 @@ def test_a_connection_is_cut_after_the_work_was_done(sandbox: Sandbox, leaf: Raw
 
 
 @pytest.mark.parametrize("kept", [0, 1, 70_000, 9_000_000])
-def test_a_body_is_cut_short_after_exactly_so_many_bytes(sandbox: Sandbox, leaf: RawLeaf, kept: int) -> None:
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_body_is_cut_short_after_exactly_so_many_bytes(
+    sandbox: Sandbox, leaf: RawLeaf, kept: int, streamed: bool
+) -> None:
     content = np.random.default_rng(0).bytes(kept + 3_000_000)
     link = urlsplit(leaf.link(sandbox.publish_raw(content)))
 
     def shorten(call: Call) -> Answer:
         answer = call.proceed()
         assert answer is not None
-        return replace(answer, cut_after_bytes=kept)
+        return replace(answer, body=answer.body if streamed else answer.read(), cut_after_bytes=kept)
 
     with sandbox.intercept("object", shorten), socket.create_connection((link.hostname, link.port), TIMEOUT_S) as raw:
         raw.sendall(f"GET {link.path}?{link.query} HTTP/1.1\r\nHost: x\r\n\r\n".encode())

@@ -17,7 +17,7 @@ NAMES = ("lightning.pytorch", "pytorch_lightning")
 
 def loaded_bases() -> tuple[type, ...]:
     """Give the callback class of each flavour that the process has imported, in a fixed order."""
-    return tuple(_base(name) for name in NAMES if name in sys.modules)
+    return tuple(_base(name) for name in NAMES if sys.modules.get(name) is not None)
 
 
 def installed_bases() -> tuple[type, ...]:

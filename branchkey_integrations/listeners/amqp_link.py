@@ -246,7 +246,10 @@ class AmqpLink:
 
 
 class _OurThreads(logging.Filter):
-    """Drop what pika logs in our threads: it reports each failed try several times, with tracebacks; we report it once."""
+    """Drop what pika logs in our threads: each failed try several times, with tracebacks; we report it once.
+
+    This counts for its debug lines too, since those of the login may hold the session token.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not (record.threadName or "").startswith("branchkey-")

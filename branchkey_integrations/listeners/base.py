@@ -110,11 +110,10 @@ class ThreadedListener(ABC):
                 raise ClientClosedError(
                     what=f"{self.name} listener", expected="an open one", found="a closed one", fix="Make a new one"
                 )
-            if self._thread is not None:
-                return
-            # A daemon, so that a script that forgets to close can still end.
-            self._thread = threading.Thread(target=self._run, name=f"branchkey-{self.name}", daemon=True)
-            self._thread.start()
+            if self._thread is None:
+                # A daemon, so that a script that forgets to close can still end.
+                self._thread = threading.Thread(target=self._run, name=f"branchkey-{self.name}", daemon=True)
+                self._thread.start()
         settled = self._settled.wait(timeout_s)
         error = self._first_error
         if error is None and settled and self._ready_once:

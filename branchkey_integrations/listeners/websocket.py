@@ -22,6 +22,7 @@ from branchkey_integrations.listeners import Ticket
 from branchkey_integrations.listeners.base import LostError, OnEvent, OnFailure, ThreadedListener
 from branchkey_integrations.listeners.dial import connection_error, dial, emergency_exit, shut_down, tls_context
 from branchkey_integrations.listeners.proxy import proxy_for, split, tunnel
+from branchkey_integrations.listeners.tls_socket import SharedTLSSocket
 
 _PATH = "/api/v1/ws"
 _OPEN_S = 10.0
@@ -99,6 +100,8 @@ class WebSocketListener(ThreadedListener):
         self._endpoint = endpoint
         self._ticket = ticket
         self._tls = tls_context(verify) if endpoint.scheme == "https" else None
+        if self._tls is not None:
+            self._tls.sslsocket_class = SharedTLSSocket
         self._proxies = proxies
         self._ping_interval_s = ping_interval_s
         proxy = proxy_for(endpoint, proxies)

@@ -66,11 +66,11 @@ def told(tmp_path_factory):
         (folder / "branches.json").write_text(json.dumps(where))
         log = folder / "log"
         with job([folder / "branches.json", folder / "seen"], log) as both:
-            # The other leaf trains on one process: always the same update, of 6 samples.
+            # The other leaf trains on one process, on 6 samples. Equal updates would be taken for a repeated one.
             with Client(together.credentials[1], host=together.url) as other:
-                for _ in range(3):
+                for number in range(3):
                     mark = other.mark()
-                    other.upload([np.ones((1, 3), np.float32), np.zeros(1, np.float32)], 6)
+                    other.upload([np.full((1, 3), number, np.float32), np.zeros(1, np.float32)], 6)
                     identifier = other.wait_for_aggregation(DEADLINE_S, newer_than=mark)
                     consumers = together.connected
             stopped.wait_for(lambda: len(stopped.uploads) == 2, DEADLINE_S)
@@ -104,7 +104,7 @@ def test_a_stopped_run_stops_every_rank_in_the_same_epoch(told):
     assert first["should_stop"] is second["should_stop"] is True
     assert first["statuses"] == second["statuses"]
     assert first["statuses"][-1] == "stopped"
-    assert first["epochs"] == second["epochs"] < 20
+    assert first["epochs"] == second["epochs"] < 500
 
 
 def test_a_timeout_on_rank_0_reaches_every_rank_in_time(told):

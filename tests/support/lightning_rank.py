@@ -90,12 +90,12 @@ def main() -> None:
             json.dump(seen, file)
 
     fit("together", epochs=3, timeout_s=60)
-    fit("stopped", epochs=20, timeout_s=60)
+    fit("stopped", epochs=500, timeout_s=60)
     fit("silent", timeout_s=1.0)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 0
     sys.stdout.flush()
-    if child:
-        _, status = os.waitpid(child, 0)
-        sys.exit(os.waitstatus_to_exitcode(status))
+    # Taking the interpreter apart with torch inside takes seconds, and nothing here is worth saving.
+    os._exit(status)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,217 @@
+"""Read a Keras model's weights into owned numpy arrays, and assign arrays to them, all or nothing, on any backend."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import keras
+import numpy as np
+
+from branchkey_integrations.errors import ConfigurationError, LayoutError
+from branchkey_integrations.parameters import HasShape, LayerSpec, Layout, Selection, Selector
+
+#: Types that numpy lacks; float32 holds each of their values exactly.
+_WIDENED = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
+#: The name that Keras gives to a weight without one counts all such weights of the process.
+_UNNAMED = re.compile(r"^variable(_\d+)?$")
+
+
+class _Header(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class KerasParameters:
+    """Offer the federated weights of a live Keras 3 model as layers (a ``ParameterStore``).
+
+    The model is looked at anew in each call. Layers come in the order of ``model.trainable_weights``. A layer is named by
+    its position there and the weight's own name (``0/kernel``), because ``variable.path`` counts the models of a process
+    and differs between leaves and after a resume.
+
+    Args:
+        model: a built ``keras.Model``.
+        parameters: ``"all"`` or ``"trainable"`` (both: every trainable weight), glob patterns on ``variable.path`` (give
+            your layers names), or ``f(path, variable) -> bool``.
+        buffers: also floating-point weights that no layer ever trains (BatchNorm's moving statistics), after the
+            trainable ones. Patterns and functions choose among them too. Frozen weights, seeds, metrics and the
+            optimizer's variables always stay at home.
+
+    Raises:
+        ConfigurationError: ``model`` is no Keras 3 model; the selection is malformed.
+    """
+
+    def __init__(self, model: keras.Model, *, parameters: Selection = "all", buffers: bool = False) -> None:
+        check_model(model)
+        if not isinstance(buffers, bool):
+            raise ConfigurationError(
+                what="buffers", expected="True or False", found=repr(buffers), fix="Pass buffers=True or leave it out"
+            )
+        self._model = model
+        self._selector = Selector(parameters)
+        self._buffers = buffers
+
+    def layout(self) -> Layout:
+        """Describe the selected weights in order.
+
+        Raises:
+            LayoutError: the model is not built, or has nothing to train.
+            ConfigurationError: nothing is selected.
+        """
+        return _layout(self._select())
+
+    def read(self) -> list[np.ndarray]:
+        """Copy the selected weights into C-ordered arrays that own their memory.
+
+        bfloat16 and float8 come as float32, exactly; every other type as it is. Needs the size of the model in memory.
+
+        Raises:
+            LayoutError, ConfigurationError: as :meth:`layout`.
+        """
+        return [_copy(variable) for _, variable in self._select()]
+
+    def write(self, arrays: Sequence[np.ndarray]) -> None:
+        """Assign ``arrays`` to the weights: all of them, or none and an error.
+
+        Everything is decoded, checked and converted before the first weight is touched; a failure after that, an
+        interrupt included, is undone before it is raised. Needs the size of the model twice in memory.
+
+        Args:
+            arrays: one numpy array a layer, of the layer's shape; any real type and byte order. May be lazy (an archive).
+
+        Raises:
+            LayoutError: count, shape, dtype or range does not fit.
+        """
+        selected = self._select()
+        layout = _layout(selected)
+        layout.check_headers(_headers(arrays))
+        staged = [_stage(layout, index, arrays[index]) for index in range(len(selected))]
+        variables = [variable for _, variable in selected]
+        done: list[tuple[Any, np.ndarray]] = []
+        try:
+            for variable, values in zip(variables, staged):
+                done.append((variable, _copy(variable)))
+                variable.assign(values)
+        except BaseException:
+            # An interrupt (Ctrl-C) may fall between two layers as well as an error into one.
+            for variable, previous in done:
+                variable.assign(previous)
+            raise
+
+    def _select(self) -> list[tuple[str, Any]]:
+        model = self._model
+        trainable = list(model.trainable_weights)
+        if not trainable:
+            raise _nothing(model)
+        found = [*enumerate(trainable)]
+        if self._buffers:
+            found += enumerate(_statistics(model), start=len(trainable))
+        chosen = [
+            (f"{index}/{_UNNAMED.sub('variable', variable.name)}", variable)
+            for index, variable in found
+            if self._selector(variable.path, variable, True)
+        ]
+        self._selector.require_some(len(chosen), [variable.path for _, variable in found])
+        return chosen
+
+
+def check_model(model: object) -> None:
+    """Demand a Keras 3 model.
+
+    Raises:
+        ConfigurationError: it is of tf_keras or Keras 2, or no model at all.
+    """
+    if isinstance(model, keras.Model):
+        return
+    names = {cls.__module__.split(".")[0] for cls in type(model).__mro__}
+    is_old = bool(names & {"tf_keras", "keras"})
+    raise ConfigurationError(
+        what="model",
+        expected="a keras.Model of Keras 3 (3.0.5 or newer)",
+        found=f"{type(model).__name__} of {type(model).__module__.split('.')[0]}",
+        fix="tf_keras and Keras 2 cannot be served: build the model with keras 3"
+        if is_old
+        else "Pass the model itself",
+    )
+
+
+def _nothing(model: keras.Model) -> LayoutError:
+    if not model.built or not model.weights:
+        return LayoutError(
+            what=f"model {model.name!r}",
+            expected="a built model",
+            found="0 weights: it is not built",
+            fix="Give it an Input, call model.build(input_shape), or run one batch through it first",
+        )
+    return LayoutError(
+        what=f"model {model.name!r}",
+        expected="at least one trainable weight",
+        found=f"{len(model.weights)} weights, all of them frozen",
+        fix="Set trainable = True on the layers that the federation is to train",
+    )
+
+
+def _statistics(model: keras.Model) -> list[Any]:
+    """Give the floating weights that were never meant to be trained; a frozen layer's kernel is none of them."""
+    # Freezing a layer leaves its own list as it was. That list is private, but nothing public tells the two apart.
+    frozen = {id(variable) for layer in model._flatten_layers() for variable in layer._trainable_variables}  # noqa: SLF001
+    return [
+        variable
+        for variable in model.non_trainable_weights
+        if id(variable) not in frozen and "float" in _dtype(variable)
+    ]
+
+
+def _dtype(variable: Any) -> str:
+    return str(keras.backend.standardize_dtype(variable.dtype))
+
+
+def _layout(selected: Sequence[tuple[str, Any]]) -> Layout:
+    return Layout(
+        tuple(
+            LayerSpec(name, tuple(int(size) for size in variable.shape), _dtype(variable))
+            for name, variable in selected
+        )
+    )
+
+
+def _copy(variable: Any) -> np.ndarray:
+    """Copy a weight out; what Keras gives may be a view of the live weight on some backend or version."""
+    dtype = _dtype(variable)
+    value = keras.ops.convert_to_numpy(variable.value)
+    return np.array(value, dtype=np.float32 if dtype in _WIDENED else dtype, order="C", copy=True)
+
+
+def _headers(arrays: Sequence[np.ndarray]) -> Sequence[HasShape]:
+    """Describe ``arrays`` without keeping them; an archive knows its headers without decoding anything."""
+    known = getattr(arrays, "headers", None)
+    if known is not None:
+        return tuple(known)
+    found = []
+    for index, array in enumerate(arrays):
+        if not isinstance(array, (np.ndarray, np.generic)):
+            raise LayoutError(
+                what=f"layer_{index}",
+                expected="a numpy array",
+                found=type(array).__name__,
+                fix="Convert it first; nothing was loaded",
+            )
+        found.append(_Header(array.shape, array.dtype))
+    return found
+
+
+def _stage(layout: Layout, index: int, array: np.ndarray) -> np.ndarray:
+    """Convert one layer to the weight's type (float32 for those that numpy lacks), native byte order, C order."""
+    spec = layout.layers[index]
+    # A lazy sequence decodes here; what comes out is held to its header, because assigning is no place to find out.
+    if array.shape != spec.shape or array.dtype.kind not in ("fiub" if spec.is_float else "iub"):
+        raise LayoutError(
+            what=f"layer_{index} ({spec.name})",
+            expected=f"{spec.dtype}{list(spec.shape)}",
+            found=f"{array.dtype}{list(array.shape)} when decoded",
+            fix="The archive contradicts itself; nothing was loaded",
+        )
+    layout.check_range(index, array)
+    with np.errstate(all="ignore"):  # losing digits is what a narrower type means, whatever np.seterr() was told
+        return np.array(array, dtype=np.float32 if spec.dtype in _WIDENED else spec.dtype, order="C", copy=True)
