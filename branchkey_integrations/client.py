@@ -31,11 +31,13 @@ from branchkey_integrations.config import (
     DEFAULT_HOST,
     Endpoint,
     RetryPolicy,
+    check_retry,
     check_seconds,
     check_verify,
 )
 from branchkey_integrations.credentials import Credentials, CredentialsSource
 from branchkey_integrations.errors import (
+    ApiError,
     BranchKeyError,
     ClientClosedError,
     ConfigurationError,
@@ -57,6 +59,7 @@ logger = logging.getLogger("branchkey_integrations.client")
 #: How long a wait goes on while the notification channel says that it is refused; a broker that restarts needs some of it.
 _REFUSED_GRACE_S = 30.0
 _SLICE_S = 0.5
+_CONFLICT = 409
 
 
 class Client:
@@ -111,7 +114,7 @@ class Client:
         check_seconds("timeout_s", timeout_s)
         check_seconds("run_check_interval_s", run_check_interval_s)
         kind = check_kind(notifications)
-        _check_retry(retry)
+        check_retry(retry)
         if not isinstance(rbmq_port, int) or isinstance(rbmq_port, bool) or not 0 < rbmq_port < 65536:
             raise ConfigurationError(
                 what="rbmq_port", expected="a port from 1 to 65535", found=repr(rbmq_port), fix="Pass rbmq_port=5672"
@@ -245,8 +248,15 @@ class Client:
             return self._send(file, info, f"{self.leaf_id}.npz", metadata or {})
 
     def _send(self, file: BinaryIO, info: ArchiveInfo, filename: str, metadata: Mapping[str, Any]) -> str:
-        self._run.require_started(self.wait_for_run, self.run_check_interval_s, self._require_open)
-        file_id = self._api.upload(file, info, filename, metadata)
+        while True:
+            self._run.require_started(self.wait_for_run, self.run_check_interval_s, self._require_open)
+            try:
+                file_id = self._api.upload(file, info, filename, metadata)
+                break
+            except ApiError as error:
+                # The run may have been paused while the update was on its way; then it is that, and no error of ours.
+                if error.status != _CONFLICT or self._run.is_started():
+                    raise
         self.last_upload = UploadReceipt(file_id, info.size_bytes, info.digest)
         logger.info("update %s sent: %d bytes", file_id, info.size_bytes)
         return file_id
@@ -382,16 +392,6 @@ class Client:
     def _require_open(self) -> None:
         if self._closed.is_set():
             raise _closed_error()
-
-
-def _check_retry(retry: object) -> None:
-    if retry is not None and not isinstance(retry, RetryPolicy):
-        raise ConfigurationError(
-            what="retry",
-            expected="a RetryPolicy or None",
-            found=type(retry).__name__,
-            fix="Pass RetryPolicy(attempts=4)",
-        )
 
 
 def _closed_error() -> ClientClosedError:

@@ -166,3 +166,14 @@ class RetryPolicy:
             delay = min(self.backoff_max_s, self.backoff_s * 2.0 ** min(failures - 1, 60))
             delay *= 1.0 - self.jitter * random.random()
         return delay if spent_s + delay <= self.budget_s else None
+
+
+def check_retry(value: object) -> None:
+    """Check the ``retry`` option: a policy or None."""
+    if value is not None and not isinstance(value, RetryPolicy):
+        raise ConfigurationError(
+            what="retry",
+            expected="a RetryPolicy or None",
+            found=type(value).__name__,
+            fix="Pass RetryPolicy(attempts=4)",
+        )

@@ -47,6 +47,11 @@ class RunState:
         self._number_stale = self._number_stale or status == STARTED
         self._changed.set()
 
+    def is_started(self) -> bool:
+        """Ask the platform whether the run takes updates."""
+        self._ask()
+        return self.status == STARTED
+
     def wake(self) -> None:
         """Make a waiting :meth:`require_started` look again."""
         self._changed.set()

@@ -162,7 +162,6 @@ HEADERS = {
     "too many bytes": ("'<f4'", "(1,)", "False"),
     "a terabyte": ("'<f4'", "(1000000, 1000000)", "False"),
     "a product beyond 64 bits that comes out right in 64": ("'<f4'", "(4294967296, 4294967296, 2)", "False"),
-    "an empty array that numpy cannot make": ("'<f4'", "(0, 4611686018427387904, 4611686018427387904)", "False"),
     "an axis of 19 digits": ("'<f4'", "(9999999999999999999,)", "False"),
     "an axis of many digits": ("'<f4'", f"({'9' * 500},)", "False"),
     "too many axes": ("'<f4'", f"(2, {'1, ' * 32})", "False"),
@@ -197,6 +196,7 @@ def test_a_header_that_is_no_plain_array_is_refused_by_name(name: str) -> None:
         npy(header() + " " * 20_000, bytes(8)),
         npy("{'descr': '<f4', 'shape': (2,)}", bytes(8)),
         npy("{'descr': '<f4', 'fortran_order': False, 'shape': (2,), 'more': 1}", bytes(8)),
+        npy(header(shape="(0, 4611686018427387904, 4611686018427387904)")),  # empty, and numpy cannot make it
         b"raw bytes and nothing else",
     ],
 )

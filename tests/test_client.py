@@ -717,3 +717,15 @@ def test_an_answer_in_one_piece_is_the_usual_case() -> None:
         "/api/v1/run",
         "/api/v1/ws",
     ]
+
+
+def test_an_update_that_meets_a_run_just_paused_says_so_and_is_no_error_of_the_client(sandbox: Sandbox) -> None:
+    with Client(sandbox.credentials[0], host=sandbox.url) as client:
+        sandbox.pause()
+        sandbox.wait_for(lambda: client.run_status == "pause")
+        # As if the notification were still on its way.
+        client._run.status = "start"
+        with pytest.raises(RunBlockedError, match="found 'pause'"):
+            client.upload([np.ones(3, "f4")], 1)
+        assert sandbox.hits("upload") == 1
+        assert sandbox.uploads == []

@@ -209,6 +209,16 @@ def test_an_aggregate_is_news_until_the_leaf_asks_for_it() -> None:
     assert branch.news("leaf-1") == (None, "a1")
 
 
+def test_what_some_leaf_still_lacks_is_known() -> None:
+    branch = branch_of(2)
+    assert branch.newest_unfetched is None
+    branch.announce("a1")
+    branch.fetched("leaf-0", "a1")
+    assert branch.newest_unfetched == "a1"
+    branch.fetched("leaf-1", "a1")
+    assert branch.newest_unfetched is None
+
+
 def test_only_the_newest_aggregate_is_news_and_asking_for_an_older_one_changes_nothing() -> None:
     branch = branch_of(1)
     branch.announce("a1")

@@ -100,6 +100,15 @@ def test_records_can_be_read_after_the_end() -> None:
     assert sandbox.hits("upload") == 1
 
 
+def test_a_closed_one_says_so() -> None:
+    with Sandbox() as sandbox:
+        pass
+    for action in (sandbox.start, sandbox.add_leaf, sandbox.disconnect, lambda: sandbox.publish([np.zeros(1)])):
+        with pytest.raises(SandboxError, match="found a closed one"):
+            action()
+    assert not Path(sandbox.directory).exists()
+
+
 def test_an_exception_in_the_block_closes_it() -> None:
     sandbox = Sandbox()
     with pytest.raises(KeyError, match="user"), sandbox:

@@ -126,10 +126,11 @@ def test_notifications_survive_the_death_of_the_broker() -> None:
 def test_a_restart_with_a_new_broker_brings_the_same_leaves_along(tmp_path) -> None:
     with Sandbox(directory=tmp_path) as sandbox:
         known = sandbox.credentials[0]
+        missed = sandbox.publish([np.zeros(1)])
     with Sandbox(directory=tmp_path, rabbitmq="auto") as sandbox:
         assert sandbox.credentials[0] == known
-        aggregation_id = sandbox.publish([np.zeros(1)])
-        assert next_messages(sandbox, known, 1) == [aggregate_ready(aggregation_id)]
+        newer = sandbox.publish([np.zeros(1)])
+        assert next_messages(sandbox, known, 2) == [aggregate_ready(missed), aggregate_ready(newer)]
 
 
 def test_a_broker_that_cannot_be_had_is_named_and_nothing_is_left() -> None:

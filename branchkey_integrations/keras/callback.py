@@ -50,7 +50,7 @@ class BranchKeyCallback(keras.callbacks.Callback):  # type: ignore[misc]  # kera
         self.options = RoundOptions.of(**options)
         self._engine = RoundEngine(client, self.options)
         self._samples = 0
-        self._seen: int | None = None
+        self._seen: int | None = 0  # None while an epoch's samples are still to be counted
         self._stopped = False
 
     @property
@@ -76,7 +76,7 @@ class BranchKeyCallback(keras.callbacks.Callback):  # type: ignore[misc]  # kera
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         """Refuse what cannot work before anything is trained or sent."""
         model = self.model
-        self._samples, self._seen, self._stopped = 0, None, False
+        self._samples, self._seen, self._stopped = 0, 0, False
         self._store(model).layout()
         if self.options.weighting == "samples":
             check_countable(model)
@@ -99,6 +99,7 @@ class BranchKeyCallback(keras.callbacks.Callback):  # type: ignore[misc]  # kera
         metrics = dict(logs or {})
         if self._counts:
             self._samples += counted(model, metrics.get("loss")) if self._seen is None else self._seen
+            self._seen = 0
         if self._stopped or (epoch + 1) % self.options.every_n_epochs:
             return
         samples, self._samples = self._samples, 0

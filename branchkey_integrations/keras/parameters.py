@@ -110,7 +110,7 @@ class KerasParameters:
         chosen = [
             (f"{index}/{_UNNAMED.sub('variable', variable.name)}", variable)
             for index, variable in found
-            if self._selector(variable.path, variable, True)
+            if self._selector(variable.path, variable, trainable=True)
         ]
         self._selector.require_some(len(chosen), [variable.path for _, variable in found])
         return chosen

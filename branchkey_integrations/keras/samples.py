@@ -22,12 +22,12 @@ def check_countable(model: keras.Model) -> None:
         ConfigurationError: the count cannot be trusted; says what to do instead.
     """
     step = getattr(model.train_step, "__func__", model.train_step)
-    tracker = getattr(model, "_loss_tracker", None)
+    tracker: Any = getattr(model, "_loss_tracker", None)
     version = tuple(int(part) for part in keras.__version__.split(".")[:2])
     found = None
     if not str(getattr(step, "__module__", "")).startswith("keras."):
         found = f"{type(model).__name__} with a train_step of its own"
-    elif version < (3, 5):
+    elif version < (3, 3):
         found = f"Keras {keras.__version__}, which counts batches"
     elif not hasattr(tracker, "count"):
         found = "a model that keeps no mean loss"

@@ -185,6 +185,11 @@ class Branch:
         if leaf_id in self._counted and self._counted[leaf_id][1] == aggregation_id:
             del self._counted[leaf_id]
 
+    @property
+    def newest_unfetched(self) -> str | None:
+        """The aggregate announced last, if some leaf has not asked for it."""
+        return next(iter(self._unfetched.values()), None)
+
     def told_status(self, leaf_id: str) -> None:
         """Note that a leaf has been told the present run status."""
         self._told[leaf_id] = self.run_status

@@ -122,9 +122,10 @@ class Sandbox:
             )
             server = server_class(app.build(), options.port, options.tls_paths, options.ping_interval_s)
             service.post = server.post
+            # Before the first request, so that no round is finished twice.
+            service.resume()
             server.start()
             self._server, self._url = server, server.url
-            service.resume()
         except BaseException:
             self.close()
             raise
@@ -150,6 +151,15 @@ class Sandbox:
                 what="sandbox", expected="an open one", found="one that was never opened", fix="Use it in a with block"
             )
         return self._service
+
+    @property
+    def _running(self) -> Service:
+        service = self._opened
+        if self._server is None:
+            raise SandboxError(
+                what="sandbox", expected="an open one", found="a closed one", fix="Use it in its with block"
+            )
+        return service
 
     # --- where it is and who belongs to it ---------------------------------------------------------------------------
 
@@ -191,7 +201,7 @@ class Sandbox:
 
     def add_leaf(self, name: str | None = None) -> Credentials:
         """Create one more leaf."""
-        return self._opened.add_leaf(name)
+        return self._running.add_leaf(name)
 
     # --- run -----------------------------------------------------------------------------------------------------------
 
@@ -207,15 +217,15 @@ class Sandbox:
 
     def start(self) -> None:
         """Start the run and tell the leaves; after a stop it is a new run with the next number."""
-        self._opened.set_status(START)
+        self._running.set_status(START)
 
     def pause(self) -> None:
         """Pause the run and tell the leaves; uploads are refused, what has been counted stays."""
-        self._opened.set_status(PAUSE)
+        self._running.set_status(PAUSE)
 
     def stop(self) -> None:
         """Stop the run and tell the leaves; uploads are refused. The server goes on: :meth:`close` ends it."""
-        self._opened.set_status(STOP)
+        self._running.set_status(STOP)
 
     # --- what came -----------------------------------------------------------------------------------------------------
 
@@ -285,19 +295,20 @@ class Sandbox:
         self, arrays: Sequence[np.ndarray[Any, Any]], aggregation_id: str | None = None, *, notify: bool = True
     ) -> str:
         """Hand out layers as an aggregate, whatever was uploaded, and give its id."""
-        return self._opened.publish(arrays_writer(arrays), aggregation_id, notify=notify)
+        return self._running.publish(arrays_writer(arrays), aggregation_id, notify=notify)
 
     def publish_raw(self, content: bytes, aggregation_id: str | None = None, *, notify: bool = True) -> str:
         """Hand out any bytes as an aggregate and give its id."""
-        return self._opened.publish(bytes_writer(content), aggregation_id, notify=notify)
+        return self._running.publish(bytes_writer(content), aggregation_id, notify=notify)
 
     def notify(self, text: Text) -> None:
         """Send any text as a notification to all leaves; bytes go as a binary frame. It is not kept for late ones."""
-        self._opened.notify(text)
+        self._running.notify(text)
 
     def disconnect(self, code: int | None = 1012, leaf_id: str | None = None) -> int:
         """Close all WebSockets, or those of one leaf, with a close code; None resets them. Gives how many there were."""
-        count: int = self._server.run(self._opened.hub.disconnect(code, leaf_id))
+        hub = self._running.hub
+        count: int = self._server.run(hub.disconnect(code, leaf_id))
         return count
 
     @contextlib.contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Union
 
 from branchkey_integrations.config import check_seconds
@@ -24,7 +24,7 @@ class Options:
 
     leaves: int
     quorum: int | None
-    rabbitmq: str | None
+    rabbitmq: str | None = field(repr=False)  # its URL carries a password
     directory: Path | None
     port: int
     tls: tuple[Path, Path] | None

@@ -70,7 +70,7 @@ class Service:
         return self._checks
 
     def load(self) -> None:
-        """Take over what an earlier sandbox left in the directory, and finish the rounds that it could not finish."""
+        """Take over what an earlier sandbox left in the directory."""
         state = self.store.load_state()
         if state is None:
             return
@@ -100,6 +100,10 @@ class Service:
         with self.changed:
             if self.branch.close_if_complete() is not None:
                 self.save()
+            missing = self.branch.newest_unfetched
+            if missing is not None:
+                # A private broker starts empty. On one that kept its queues this is a repeat, and those are harmless.
+                self._to_broker(aggregate_message(missing))
             for closed in self.branch.closing:
                 self._means.submit(self._aggregate, closed)
 
