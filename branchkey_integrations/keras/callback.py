@@ -77,7 +77,10 @@ class BranchKeyCallback(keras.callbacks.Callback):  # type: ignore[misc]  # kera
         """Refuse what cannot work before anything is trained or sent."""
         model = self.model
         self._samples, self._seen, self._stopped = 0, 0, False
-        self._store(model).layout()
+        if model.weights:
+            # Without any it is a subclassed model, which Keras on TensorFlow builds with the first batch only; then the
+            # first round checks it, before anything is sent.
+            self._store(model).layout()
         if self.options.weighting == "samples":
             check_countable(model)
         if self.options.optimizer_state == "reset":

@@ -142,10 +142,8 @@ class Coordinator:
             wire = values.reshape(-1).view(torch.uint8)
             if wire.device.type == "cpu" and dist.get_backend() == "nccl":
                 wire = wire.cuda()
-            elif not self.is_main:
-                wire = wire.clone()
             dist.broadcast(wire, src=0)
-            if not self.is_main:
+            if not self.is_main and wire.data_ptr() != tensor.data_ptr():
                 received = wire.to(values.device).view(values.dtype).view(values.shape)
                 with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                     tensor.copy_(received)

@@ -1,4 +1,4 @@
-"""What holds for Keras on every backend; run by test_keras_backends.py with KERAS_BACKEND set."""
+"""Rounds inside fit; run on every backend by test_keras_backends.py, with KERAS_BACKEND set."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import threading
 
 import keras
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -15,6 +14,7 @@ from branchkey_integrations import Client
 from branchkey_integrations.errors import ConfigurationError, LayoutError
 from branchkey_integrations.keras import BranchKeyCallback, KerasParameters
 from branchkey_integrations.sandbox import Sandbox
+from tests.support.keras_models import Subclassed, data, filled, make_model, numpy
 
 BACKEND = keras.backend.backend()
 
@@ -52,186 +52,6 @@ def silent():
 def waiting(silent):
     with Client(silent.credentials[0].to_dict(), host=silent.url) as leaf:
         yield leaf
-
-
-def make_model(**options):
-    keras.utils.set_random_seed(1)
-    model = keras.Sequential(
-        [
-            keras.Input((2,)),
-            keras.layers.Dropout(0.25),
-            keras.layers.BatchNormalization(),
-            keras.layers.Dense(1),
-        ]
-    )
-    model.compile(**{"optimizer": "adam", "loss": "mse", "jit_compile": False, **options})
-    return model
-
-
-def data(count=20):
-    rng = np.random.default_rng(0)
-    return rng.normal(size=(count, 2)).astype("f4"), rng.normal(size=(count, 1)).astype("f4")
-
-
-def numpy(variable):
-    return np.array(keras.ops.convert_to_numpy(variable.value))
-
-
-def everything_else(model):
-    mine = {id(variable) for variable in model.trainable_weights}
-    rest = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
-    return [numpy(variable) for variable in rest if id(variable) not in mine]
-
-
-def filled(model, value):
-    return [np.full(tuple(variable.shape), value, "f4") for variable in model.trainable_weights]
-
-
-# ---- the store ----------------------------------------------------------------------------------------------------
-
-
-def test_layers_are_the_trainable_weights_in_order_and_copies():
-    store = KerasParameters(make_model())
-    layout = store.layout()
-    assert [str(layer) for layer in layout] == [
-        "0/gamma float32[2]", "1/beta float32[2]", "2/kernel float32[2, 1]", "3/bias float32[1]",
-    ]  # fmt: skip
-    first = store.read()
-    first[0][:] = 9
-    np.testing.assert_array_equal(store.read()[0], [1, 1])
-
-
-def test_a_second_model_of_the_same_kind_has_the_same_layout():
-    first, second = make_model(), make_model()
-    assert first.trainable_weights[0].path != second.trainable_weights[0].path
-    assert KerasParameters(first).layout().fingerprint == KerasParameters(second).layout().fingerprint
-
-
-def test_weights_without_a_name_have_the_same_layout_in_every_model():
-    class Scale(keras.layers.Layer):
-        def build(self, shape):
-            self.scale = self.add_weight(shape=(shape[-1],), initializer="ones")
-
-        def call(self, x):
-            return x * self.scale
-
-    def layout():
-        return KerasParameters(keras.Sequential([keras.Input((3,)), Scale()])).layout()
-
-    assert layout() == layout()
-
-
-@pytest.mark.parametrize("dtype", ["float64", ">f4", ">f8", "float16", "int32"])
-def test_any_real_type_and_byte_order_is_loaded_and_nothing_else_changes(dtype):
-    model = make_model()
-    model.fit(*data(), verbose=0)
-    before = everything_else(model)
-    KerasParameters(model).write([array.astype(dtype) for array in filled(model, 3)])
-    for variable in model.trainable_weights:
-        np.testing.assert_array_equal(numpy(variable), np.full(tuple(variable.shape), 3, "f4"))
-    after = everything_else(model)
-    assert len(before) > 10
-    assert [value.tobytes() for value in before] == [value.tobytes() for value in after]
-
-
-def bad_layers():
-    good = [np.ones(2, "f4"), np.ones(2, "f4"), np.ones((2, 1), "f4"), np.ones(1, "f4")]
-    return {
-        "count": good[:3],
-        "broadcastable": [*good[:3], np.ones((1, 1), "f4")],
-        "scalar": [*good[:3], np.ones((), "f4")],
-        "transposed": [*good[:2], np.ones((1, 2), "f4"), good[3]],
-        "range": [*good[:3], np.full(1, 1e300)],
-        "complex": [*good[:3], np.ones(1, "c8")],
-        "list": [*good[:3], [1.0]],
-    }
-
-
-@pytest.mark.parametrize("kind", list(bad_layers()))
-def test_layers_that_do_not_fit_change_nothing(kind):
-    store = KerasParameters(make_model())
-    before = store.read()
-    with pytest.raises(LayoutError):
-        store.write(bad_layers()[kind])
-    for old, new in zip(before, store.read()):
-        np.testing.assert_array_equal(old, new)
-
-
-def test_an_interrupt_midway_is_undone(monkeypatch):
-    model = make_model()
-    store = KerasParameters(model)
-    before = store.read()
-    last, assign = model.trainable_weights[-1], type(model.trainable_weights[-1]).assign
-    failed = []
-
-    def interrupted(variable, value):
-        result = assign(variable, value)
-        if variable is last and not failed:
-            failed.append(True)
-            raise KeyboardInterrupt
-        return result
-
-    monkeypatch.setattr(type(last), "assign", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        store.write(filled(model, 5))
-    assert failed
-    for old, new in zip(before, store.read()):
-        np.testing.assert_array_equal(old, new)
-
-
-def test_bfloat16_weights_are_widened_exactly_and_written_back():
-    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(3, dtype="bfloat16")])
-    store = KerasParameters(model)
-    assert [layer.dtype for layer in store.layout()] == ["bfloat16", "bfloat16"]
-    values = np.array([[1.0078125, -0.5, 3e38], [0.1, 2, 3]], "f4").astype(ml_dtypes.bfloat16).astype("f4")
-    store.write([values, np.zeros(3, "f4")])
-    read = store.read()
-    assert read[0].dtype == np.float32
-    np.testing.assert_array_equal(read[0], values)
-
-
-def test_buffers_add_moving_statistics_but_no_frozen_weight_and_no_seed():
-    model = make_model()
-    names = [layer.name for layer in KerasParameters(model, buffers=True).layout()]
-    assert names == ["0/gamma", "1/beta", "2/kernel", "3/bias", "4/moving_mean", "5/moving_variance"]
-    model.layers[-1].trainable = False
-    names = [layer.name for layer in KerasParameters(model, buffers=True).layout()]
-    assert names == ["0/gamma", "1/beta", "2/moving_mean", "3/moving_variance"]
-
-
-def test_patterns_choose_by_path():
-    model = keras.Sequential(
-        [keras.Input((2,)), keras.layers.Dense(3, name="body"), keras.layers.Dense(1, name="head")]
-    )
-    assert [layer.name for layer in KerasParameters(model, parameters="*head/*").layout()] == ["2/kernel", "3/bias"]
-    with pytest.raises(ConfigurationError, match="tail"):
-        KerasParameters(model, parameters="*tail/*").layout()
-
-
-class Subclassed(keras.Model):
-    def __init__(self):
-        super().__init__()
-        self.dense = keras.layers.Dense(1)
-
-    def call(self, x):
-        return self.dense(x)
-
-
-def test_unbuilt_model_is_refused_by_that_word():
-    with pytest.raises(LayoutError, match="not built"):
-        KerasParameters(Subclassed()).read()
-
-
-@pytest.mark.parametrize("package", ["tf_keras.src.engine.training", "keras.engine.training"])
-def test_model_of_keras_2_is_refused_with_the_versions_that_work(package, silent, waiting):
-    old = type("Functional", (), {"__module__": package})()
-    with pytest.raises(ConfigurationError, match=r"Keras 3 \(3\.0\.5 or newer\)"):
-        KerasParameters(old)
-    with pytest.raises(ConfigurationError, match=r"Keras 3 \(3\.0\.5 or newer\)"):
-        BranchKeyCallback(waiting).set_model(old)
-
-
-# ---- rounds in fit ------------------------------------------------------------------------------------------------
 
 
 def test_each_epoch_makes_a_round_with_the_metrics_of_the_weights_sent(sandbox, client):
@@ -466,3 +286,12 @@ def test_wrong_option_is_told_at_once(client):
         BranchKeyCallback(client, every_n_epoch=2)
     with pytest.raises(ConfigurationError, match="Client"):
         BranchKeyCallback("credentials.json")
+
+
+@pytest.mark.parametrize("package", ["tf_keras.src.engine.training", "keras.engine.training"])
+def test_model_of_keras_2_is_refused_with_the_versions_that_work(package, silent, waiting):
+    old = type("Functional", (), {"__module__": package})()
+    with pytest.raises(ConfigurationError, match=r"Keras 3 \(3\.0\.5 or newer\)"):
+        KerasParameters(old)
+    with pytest.raises(ConfigurationError, match=r"Keras 3 \(3\.0\.5 or newer\)"):
+        BranchKeyCallback(waiting).set_model(old)

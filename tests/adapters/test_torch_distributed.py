@@ -247,6 +247,7 @@ def share_tensors(rank):
         "nan": torch.tensor([float("nan"), float("inf"), -0.0]),
         "channels_last": torch.randn(2, 3, 4, 5),
         "strided": torch.randn(6, 4),
+        "line": torch.randn(5),
     }
     live = {}
     for name, value in values.items():
@@ -254,6 +255,7 @@ def share_tensors(rank):
         if name == "channels_last" and rank == 1:
             start = start.to(memory_format=torch.channels_last)
         live[name] = nn.Parameter(start, requires_grad=value.is_floating_point())
+    live["line"] = nn.Parameter(torch.zeros(10)[::2] if rank else values["line"].clone())
     live["strided"] = nn.Parameter(torch.zeros(12, 4)[::2] if rank else values["strided"].clone())
     with torch.inference_mode():
         live["inference"] = nn.Parameter(torch.full((2,), 0.0 if rank else 6.0))
