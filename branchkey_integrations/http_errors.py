@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import email.utils
 import json
+import socket
 import time
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -210,7 +211,8 @@ def _never_connected(error: BaseException) -> bool:
 
 
 def _timed_out(error: BaseException) -> bool:
-    return any(isinstance(link, TimeoutError) or "Timeout" in type(link).__name__ for link in _links(error))
+    # Until Python 3.10 socket.timeout is no TimeoutError.
+    return any(isinstance(link, (TimeoutError, socket.timeout)) or "Timeout" in type(link).__name__ for link in _links(error))
 
 
 def _reason(error: BaseException) -> str:
