@@ -212,7 +212,9 @@ def _never_connected(error: BaseException) -> bool:
 
 def _timed_out(error: BaseException) -> bool:
     # Until Python 3.10 socket.timeout is no TimeoutError.
-    return any(isinstance(link, (TimeoutError, socket.timeout)) or "Timeout" in type(link).__name__ for link in _links(error))
+    return any(
+        isinstance(link, (TimeoutError, socket.timeout)) or "Timeout" in type(link).__name__ for link in _links(error)
+    )
 
 
 def _reason(error: BaseException) -> str:
