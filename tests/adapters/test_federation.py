@@ -104,8 +104,6 @@ def test_a_broker_that_is_killed_in_the_middle_of_a_round_loses_no_notification(
         first = pool.submit(hooks[0].step, samples=1)
         sandbox.wait_for(lambda: len(sandbox.uploads) == 1)
         node = sandbox.broker.node
-        # Queues and bindings are seconds old here, and the broker writes them to disk a little later; a branch's are older.
-        assert node.ctl("eval", "mnesia:sync_log().").strip() == "ok"
         node.halt(kill=True)
         # The round is completed while the broker is away: its notification can only come after the restart.
         second = pool.submit(hooks[1].step, samples=1)
