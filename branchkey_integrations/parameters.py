@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, Union
+from typing import Any, NamedTuple, Protocol, Union
 
 import numpy as np
 
@@ -180,6 +180,29 @@ class Layout:
         self.check_headers(arrays)
         for index, array in enumerate(arrays):
             self.check_range(index, array)
+
+
+class _Header(NamedTuple):
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def headers_of(arrays: Sequence[np.ndarray]) -> Sequence[HasShape]:
+    """Describe ``arrays`` without keeping them; an archive knows its headers without decoding anything."""
+    known = getattr(arrays, "headers", None)
+    if known is not None:
+        return tuple(known)
+    found = []
+    for index, array in enumerate(arrays):
+        if not isinstance(array, (np.ndarray, np.generic)):
+            raise LayoutError(
+                what=f"layer_{index}",
+                expected="a numpy array",
+                found=type(array).__name__,
+                fix="Convert it first; nothing was loaded",
+            )
+        found.append(_Header(array.shape, array.dtype))
+    return found
 
 
 class ParameterStore(Protocol):

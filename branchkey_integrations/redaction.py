@@ -13,12 +13,6 @@ _active: contextvars.ContextVar[str] = contextvars.ContextVar("branchkey_redacti
 _QUERIES, _ALL = "?", "/?"
 
 
-def without_query(url: str) -> str:
-    """Give scheme, host and path of a URL: what may be shown of a presigned one is its host, so use :func:`host_of`."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{host_of(url)}{parts.path}"
-
-
 def host_of(url: str) -> str:
     """Give host and port of a URL, without user, password, path and query."""
     try:

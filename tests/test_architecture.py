@@ -182,11 +182,23 @@ def test_no_error_is_swallowed_whatever_it_is(path: Path) -> None:
     assert silent + suppressed == []
 
 
-# Tests are lists of cases of one subject, and long lists are still one idea.
-@pytest.mark.parametrize("path", FILES, ids=_id)
+#: Still too long and waiting to be divided: each with the length that it may not pass.
+TOO_LONG = {
+    "tests/adapters/test_torch_parameters.py": 868,
+    "tests/test_client.py": 731,
+    "tests/test_rounds.py": 672,
+    "tests/adapters/test_torch_hook.py": 659,
+    "tests/test_transport.py": 649,
+    "tests/test_documentation.py": 539,
+    "tests/adapters/test_torch_hook_ddp.py": 414,
+}
+
+
+@pytest.mark.parametrize("path", EVERYWHERE, ids=_id)
 def test_a_file_holds_one_idea(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines < 400
+    allowed = [most for name, most in TOO_LONG.items() if path.as_posix().endswith(f"/{name}")]
+    assert lines <= (allowed[0] if allowed else 399)
 
 
 @pytest.mark.parametrize("path", FILES, ids=_id)

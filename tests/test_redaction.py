@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from branchkey_integrations.redaction import hidden_targets, host_of, without_query
+from branchkey_integrations.redaction import hidden_targets, host_of
 
 SIGNED = "/bucket/a1.npz?X-Amz-Signature=abcdef"
 
@@ -47,10 +47,6 @@ def log(target: str) -> None:
 )
 def test_of_a_url_only_the_host_is_shown(url: str, host: str) -> None:
     assert host_of(url) == host
-
-
-def test_a_url_without_its_query_has_neither_user_nor_password() -> None:
-    assert without_query("http://user:password@h:1/a/b?secret=1#f") == "http://h:1/a/b"
 
 
 def test_every_target_is_hidden_while_an_object_is_fetched(lines: list[str]) -> None:

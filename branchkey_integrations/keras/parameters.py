@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 import numpy as np
 
 from branchkey_integrations.errors import ConfigurationError, LayoutError
-from branchkey_integrations.parameters import HasShape, LayerSpec, Layout, Selection, Selector
+from branchkey_integrations.parameters import LayerSpec, Layout, Selection, Selector, headers_of
 
 #: Types that numpy lacks; float32 holds each of their values exactly.
 _WIDENED = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
 #: The name that Keras gives to a weight without one counts all such weights of the process.
 _UNNAMED = re.compile(r"^variable(_\d+)?$")
-
-
-class _Header(NamedTuple):
-    shape: tuple[int, ...]
-    dtype: np.dtype
 
 
 class KerasParameters:
@@ -85,7 +80,7 @@ class KerasParameters:
         """
         selected = self._select()
         layout = _layout(selected)
-        layout.check_headers(_headers(arrays))
+        layout.check_headers(headers_of(arrays))
         staged = [_stage(layout, index, arrays[index]) for index in range(len(selected))]
         variables = [variable for _, variable in selected]
         done: list[tuple[Any, np.ndarray]] = []
@@ -181,24 +176,6 @@ def _copy(variable: Any) -> np.ndarray:
     dtype = _dtype(variable)
     value = keras.ops.convert_to_numpy(variable.value)
     return np.array(value, dtype=np.float32 if dtype in _WIDENED else dtype, order="C", copy=True)
-
-
-def _headers(arrays: Sequence[np.ndarray]) -> Sequence[HasShape]:
-    """Describe ``arrays`` without keeping them; an archive knows its headers without decoding anything."""
-    known = getattr(arrays, "headers", None)
-    if known is not None:
-        return tuple(known)
-    found = []
-    for index, array in enumerate(arrays):
-        if not isinstance(array, (np.ndarray, np.generic)):
-            raise LayoutError(
-                what=f"layer_{index}",
-                expected="a numpy array",
-                found=type(array).__name__,
-                fix="Convert it first; nothing was loaded",
-            )
-        found.append(_Header(array.shape, array.dtype))
-    return found
 
 
 def _stage(layout: Layout, index: int, array: np.ndarray) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from branchkey_integrations.errors import ConfigurationError, LayoutError
-from branchkey_integrations.parameters import HasShape, LayerSpec, Layout, Selection, Selector
+from branchkey_integrations.parameters import LayerSpec, Layout, Selection, Selector, headers_of
 from branchkey_integrations.torch.names import CanonicalNames, persistent_buffers, unwrap, wrapped_child
 
 #: Types that numpy lacks; float32 holds each of their values exactly.
@@ -20,11 +19,6 @@ _NUMPY_TYPES = (
     *("float16", "float32", "float64", "bool"),
     *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
 )
-
-
-class _Header(NamedTuple):
-    shape: tuple[int, ...]
-    dtype: np.dtype
 
 
 class TorchParameters:
@@ -108,7 +102,7 @@ class TorchParameters:
         """
         selected = self._select()
         layout = _layout(selected)
-        layout.check_headers(_headers(arrays))
+        layout.check_headers(headers_of(arrays))
         staged = [_stage(layout, index, tensor, arrays[index]) for index, (_, tensor) in enumerate(selected)]
         _commit([tensor for _, tensor in selected], staged)
 
@@ -197,24 +191,6 @@ def _layout(selected: Sequence[tuple[str, Tensor]]) -> Layout:
             raise LayoutError(what=name, expected="a dense tensor of real numbers", found=found, fix=fix)
         specs.append(LayerSpec(name, tuple(tensor.shape), str(tensor.dtype).split(".")[-1]))
     return Layout(tuple(specs))
-
-
-def _headers(arrays: Sequence[np.ndarray]) -> Sequence[HasShape]:
-    """Describe ``arrays`` without keeping them; an archive knows its headers without decoding anything."""
-    known = getattr(arrays, "headers", None)
-    if known is not None:
-        return tuple(known)
-    found = []
-    for index, array in enumerate(arrays):
-        if not isinstance(array, (np.ndarray, np.generic)):
-            raise LayoutError(
-                what=f"layer_{index}",
-                expected="a numpy array",
-                found=type(array).__name__,
-                fix="Convert it first; nothing was loaded",
-            )
-        found.append(_Header(array.shape, array.dtype))
-    return found
 
 
 def _stage(layout: Layout, index: int, tensor: Tensor, array: np.ndarray) -> Tensor:
