@@ -9,7 +9,7 @@ import datetime
 import json
 import math
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 from urllib.parse import quote
@@ -49,7 +49,14 @@ class MultipartBody:
     copy of it is made in memory.
     """
 
-    def __init__(self, fields: str, file: BinaryIO, size_bytes: int, filename: str) -> None:
+    def __init__(
+        self,
+        fields: str,
+        file: BinaryIO,
+        size_bytes: int,
+        filename: str,
+        note: Callable[[str], None] | None = None,
+    ) -> None:
         boundary = secrets.token_hex(16)
         safe_name = filename.replace('"', "%22").replace("\r", "%0D").replace("\n", "%0A")
         self.content_type = f"multipart/form-data; boundary={boundary}"
@@ -60,6 +67,7 @@ class MultipartBody:
         self._after = f"\r\n--{boundary}--\r\n".encode()
         self._file = file
         self._size = size_bytes
+        self._note = note or (lambda step: None)
         self.fully_sent = False
 
     def __len__(self) -> int:
@@ -67,6 +75,7 @@ class MultipartBody:
 
     def __iter__(self) -> Iterator[bytes]:
         self.fully_sent = False
+        self._note("sending")
         self._file.seek(0)
         yield self._before
         remaining = self._size
@@ -78,6 +87,7 @@ class MultipartBody:
             yield piece
         # From here on the server may have everything, whether or not we hear of it.
         self.fully_sent = True
+        self._note("posted")
         yield self._after
 
 
@@ -100,7 +110,14 @@ class Api:
             raise _incomplete(action, "run_status and run_number", data)
         return RunDetails(status, number)
 
-    def upload(self, file: BinaryIO, info: ArchiveInfo, filename: str, metadata: Mapping[str, Any]) -> str:
+    def upload(
+        self,
+        file: BinaryIO,
+        info: ArchiveInfo,
+        filename: str,
+        metadata: Mapping[str, Any],
+        note: Callable[[str], None] | None = None,
+    ) -> str:
         """Send one archive and return its file id.
 
         Sent again only after failures in which the server cannot have taken it, or said that it did not.
@@ -110,6 +127,8 @@ class Api:
             info: length and digest of the whole file.
             filename: the base name that the platform sees.
             metadata: JSON values that go along besides version, time, length, digest and kind.
+            note: called with ``"sending"`` before the first byte of each try and with ``"posted"`` before the last; what
+                it raises ends the upload.
 
         Raises:
             UploadUncertainError: the answer was lost after the whole archive was sent: it may have been received.
@@ -124,7 +143,7 @@ class Api:
             "kind": "federated_learning",
         }
         fields = json.dumps({"leaf_name": self._credentials.name, "metadata": json.dumps(description)})
-        body = MultipartBody(fields, file, info.size_bytes, filename)
+        body = MultipartBody(fields, file, info.size_bytes, filename, note)
         headers = {
             "Content-Type": body.content_type,
             "x-bk-file-size": str(info.size_bytes),

@@ -41,7 +41,6 @@ from branchkey_integrations.errors import (
     BranchKeyError,
     ClientClosedError,
     ConfigurationError,
-    RoundTimeoutError,
 )
 from branchkey_integrations.events import (
     AggregateReady,
@@ -53,12 +52,10 @@ from branchkey_integrations.events import (
 from branchkey_integrations.outcome import UploadReceipt
 from branchkey_integrations.run_state import RunState
 from branchkey_integrations.transport import Transport
+from branchkey_integrations.waiting import wait_for_aggregation
 
 logger = logging.getLogger("branchkey_integrations.client")
 
-#: How long a wait goes on while the notification channel says that it is refused; a broker that restarts needs some of it.
-_REFUSED_GRACE_S = 30.0
-_SLICE_S = 0.5
 _CONFLICT = 409
 
 
@@ -234,7 +231,12 @@ class Client:
             return self._send(file, info, os.path.basename(os.fspath(file_path)), {})
 
     def upload(
-        self, arrays: Sequence[np.ndarray], weighting: float, *, metadata: Mapping[str, Any] | None = None
+        self,
+        arrays: Sequence[np.ndarray],
+        weighting: float,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        note: Callable[[str, str, int], None] | None = None,
     ) -> str:
         """Send layers without leaving a file behind; return the file id. Errors as in :meth:`file_upload`.
 
@@ -242,16 +244,26 @@ class Client:
             arrays: the layers, in the model's order.
             weighting: influence of this update, above zero.
             metadata: JSON values that travel in the upload's metadata.
+            note: called with a step, digest and length: ``"sending"`` before the first byte of each try, ``"posted"``
+                before the last, when the platform may have everything.
         """
         weight = check_weighting(weighting)
         with exchange.packed(exchange.require_finite(arrays), weight) as (file, info):
-            return self._send(file, info, f"{self.leaf_id}.npz", metadata or {})
+            noted = None if note is None else lambda step: note(step, info.digest, info.size_bytes)
+            return self._send(file, info, f"{self.leaf_id}.npz", metadata or {}, noted)
 
-    def _send(self, file: BinaryIO, info: ArchiveInfo, filename: str, metadata: Mapping[str, Any]) -> str:
+    def _send(
+        self,
+        file: BinaryIO,
+        info: ArchiveInfo,
+        filename: str,
+        metadata: Mapping[str, Any],
+        note: Callable[[str], None] | None = None,
+    ) -> str:
         while True:
             self._run.require_started(self.wait_for_run, self.run_check_interval_s, self._require_open)
             try:
-                file_id = self._api.upload(file, info, filename, metadata)
+                file_id = self._api.upload(file, info, filename, metadata, note)
                 break
             except ApiError as error:
                 # The run may have been paused while the update was on its way; then it is that, and no error of ours.
@@ -286,28 +298,14 @@ class Client:
             NotificationError: the channel has been refused for half a minute.
             ClientClosedError: the client was closed.
         """
-        check_seconds("timeout_s", timeout_s, optional=True, zero=True)
-        started = time.monotonic()
-        while True:
-            # Asked before the mailbox is looked at, so that what came before the reason to give up is still taken.
-            last_look = give_up is not None and give_up()
-            remaining = None if timeout_s is None else timeout_s - (time.monotonic() - started)
-            piece = 0.0 if last_look else _SLICE_S if remaining is None else max(0.0, min(_SLICE_S, remaining))
-            found = self._mailbox.wait_newer(-1 if newer_than is None else newer_than, piece)
-            if found is not None:
-                return found
-            self._require_open()
-            refused = self._refused
-            if refused is not None and time.monotonic() - refused[0] > _REFUSED_GRACE_S:
-                raise refused[1]
-            if last_look or (remaining is not None and remaining <= 0):
-                detail = f"; the notification channel says: {refused[1]}" if refused else ""
-                raise RoundTimeoutError(
-                    what="aggregate",
-                    expected=f"one within {timeout_s} s",
-                    found=f"none{detail}",
-                    fix="Other leaves may be missing; raise timeout_s, or pass on_error='keep_local'",
-                )
+        return wait_for_aggregation(
+            self._mailbox,
+            timeout_s,
+            newer_than=newer_than,
+            give_up=give_up,
+            require_open=self._require_open,
+            refused=lambda: self._refused,
+        )
 
     def file_download(self, aggregation_id: str) -> str:
         """Store an aggregate as ``<output_dir>/<id>.npz`` and return its path; complete and sound, or not there at all.

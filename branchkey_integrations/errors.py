@@ -20,6 +20,7 @@
     ├── NotificationError                the notification channel is refused or dead
     ├── AggregateRejectedError           the gate refused an aggregate (``aggregation_id``)
     ├── RoundTimeoutError    TimeoutError  no aggregate came in time
+    ├── JournalError                     the file in which rounds are noted cannot be used
     ├── ClientClosedError                the client was closed
     └── SandboxError                     the local branch or its broker could not start
 
@@ -172,6 +173,10 @@ class AggregateRejectedError(BranchKeyError):
 
 class RoundTimeoutError(BranchKeyError, TimeoutError):
     """No aggregate newer than the update came within the time allowed."""
+
+
+class JournalError(BranchKeyError):
+    """The file in which rounds are noted cannot be used; nothing was sent."""
 
 
 class ClientClosedError(BranchKeyError):

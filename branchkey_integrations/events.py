@@ -13,6 +13,7 @@ import queue
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Union
 
@@ -127,6 +128,18 @@ class Mailbox:
         self._arrivals = 0
         self._newest: str | None = None
         self._failure: BranchKeyError | None = None
+        self._observer: Callable[[str], None] | None = None
+
+    def observe(self, observer: Callable[[str], None] | None) -> None:
+        """Call ``observer`` with each new id before a reader can take it, in the sender's thread; None ends it.
+
+        An id that waits already is passed on at once. The observer must not raise.
+        """
+        with self._changed:
+            self._observer = observer
+            waiting = self._newest
+        if observer is not None and waiting is not None:
+            observer(waiting)
 
     def put(self, aggregation_id: str) -> bool:
         """Leave an id; returns False when it is a repeat."""
@@ -134,6 +147,11 @@ class Mailbox:
             if aggregation_id in self._seen:
                 return False
             self._remember(aggregation_id)
+            observer = self._observer
+        if observer is not None:
+            # Not under the lock: it writes to a disk, and readers must go on meanwhile.
+            observer(aggregation_id)
+        with self._changed:
             self._arrivals += 1
             self._newest = aggregation_id
             self._changed.notify_all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Union
@@ -33,6 +34,8 @@ class RoundOptions:
         gate: what an aggregate must pass before it is loaded.
         report_metrics: send each round's metrics to the platform.
         progress: show rounds in the progress bar and logger; None decides by where the script runs.
+        journal: a folder in which each step of each round is noted, so that a process that was killed goes on without
+            sending a round twice or missing its aggregate. None: as the adapter says; False: nowhere.
     """
 
     weighting: Weighting = "samples"
@@ -46,6 +49,7 @@ class RoundOptions:
     gate: Gate = field(default_factory=Gate)
     report_metrics: bool = True
     progress: bool | None = None
+    journal: str | os.PathLike[str] | bool | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.weighting) and self.weighting != "samples":
@@ -65,6 +69,8 @@ class RoundOptions:
                 raise _wrong(name, "True or False", getattr(self, name), "True")
         if self.progress is not None and not isinstance(self.progress, bool):
             raise _wrong("progress", "True, False or None", self.progress, "None")
+        if not (self.journal is None or self.journal is False or isinstance(self.journal, (str, os.PathLike))):
+            raise _wrong("journal", "the path of a folder, False or None", self.journal, '"runs/branchkey"')
         if not isinstance(self.gate, Gate):
             raise _wrong("gate", "a Gate", self.gate, "Gate(max_norm_ratio=10)")
         Selector(self.parameters)

@@ -97,3 +97,7 @@ class PendingRound:
     digest: str
     uploaded_bytes: int
     aggregation_id: str | None = None
+    #: The aggregate was announced to a process before this one: that very one is loaded, not a newer one.
+    repeated: bool = False
+    #: False: every byte went out, but no answer is known.
+    certain: bool = True

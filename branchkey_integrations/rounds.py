@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,11 +27,14 @@ from branchkey_integrations.gate import squared_norm
 from branchkey_integrations.options import RoundOptions, finite_metrics
 from branchkey_integrations.outcome import LeafClient, PendingRound, RoundOutcome
 from branchkey_integrations.parameters import Layout, ParameterStore
+from branchkey_integrations.round_notes import RoundNotes
 from branchkey_integrations.run_state import STOPPED
 
 logger = logging.getLogger("branchkey_integrations.rounds")
 
 _STATE_VERSION = 1
+_SENT_BEFORE = "sent before the restart; not sent again"
+_MAYBE_BEFORE = "may have been received before the restart; not sent again, so that it cannot be counted twice"
 _FRESH = "Resume with the checkpoint of this leaf, or start without its federation state"
 
 
@@ -44,9 +48,12 @@ class RoundEngine:
     Args:
         client: an open client.
         options: how rounds are made.
+        journal: folder of the journal where ``options.journal`` is None; None: there is none.
     """
 
-    def __init__(self, client: LeafClient, options: RoundOptions | None = None) -> None:
+    def __init__(
+        self, client: LeafClient, options: RoundOptions | None = None, *, journal: str | None = None
+    ) -> None:
         self.client = client
         self.options = options or RoundOptions()
         self.round = 0
@@ -56,6 +63,12 @@ class RoundEngine:
         self._layout: Layout | None = None
         self._fingerprint: str | None = None
         self._norm: float | None = None
+        chosen = journal if self.options.journal is None else self.options.journal
+        self._notes = RoundNotes(client, os.fspath(chosen) if chosen and chosen is not True else None)
+
+    def close(self) -> None:
+        """Let go of the journal; the client stays open. May be repeated."""
+        self._notes.close()
 
     @property
     def pending(self) -> bool:
@@ -94,6 +107,10 @@ class RoundEngine:
         try:
             weight = self.options.weight(samples, numbers)
             layout = self._same_layout(store)
+            before = self._notes.already_sent(self.round, layout.fingerprint)
+            if before is not None:
+                self._pending = before
+                return self._note(self._outcome("pending", reason=_SENT_BEFORE if before.certain else _MAYBE_BEFORE))
             if self.client.run_status == STOPPED and not getattr(self.client, "wait_for_run", False):
                 return self._note(RoundOutcome("stopped", self.round, reason="the run is stopped"))
             arrays = store.read()
@@ -102,10 +119,13 @@ class RoundEngine:
             # Taken before the upload: the aggregate may be announced before the upload is answered.
             self._pending = PendingRound(self.round, self.client.mark(), None, "", 0)
             upload_id = self.client.upload(
-                arrays, weight, metadata={"custom": {"round": self.round, "layout": layout.fingerprint}}
+                arrays,
+                weight,
+                metadata={"custom": {"round": self.round, "layout": layout.fingerprint}},
+                **self._notes.of_upload(self.round, layout.fingerprint),
             )
         except RunBlockedError as error:
-            self._pending = None
+            self._not_sent()
             status = "stopped" if error.run_status == STOPPED else "skipped"
             return self._note(RoundOutcome(status, self.round, reason=str(error)))
         except UploadUncertainError as error:
@@ -117,8 +137,9 @@ class RoundEngine:
                 self._pending = replace(self._pending, digest=error.digest)
             return self._note(RoundOutcome("pending", self.round, reason=str(error)))
         except BranchKeyError as error:
-            self._pending = None
+            self._not_sent()
             return self._give_up("skipped", error)
+        self._notes.sent(self.round, upload_id)
         receipt = self.client.last_upload
         self._pending = replace(
             self._pending,
@@ -129,6 +150,10 @@ class RoundEngine:
         if numbers and self.options.report_metrics:
             self._report(numbers)
         return self._note(self._outcome("pending"))
+
+    def _not_sent(self) -> None:
+        self._pending = None
+        self._notes.not_sent(self.round)
 
     def _same_layout(self, store: ParameterStore) -> Layout:
         layout = store.layout()
@@ -206,6 +231,8 @@ class RoundEngine:
     def _await_id(self, waiting: bool) -> str:
         pending = self._pending
         if pending is not None and pending.aggregation_id is not None:
+            if pending.repeated:
+                return pending.aggregation_id
             try:
                 return self.client.wait_for_aggregation(0, newer_than=pending.mark)
             except RoundTimeoutError:
@@ -254,8 +281,13 @@ class RoundEngine:
 
     def _finish(self, status: str, **values: Any) -> RoundOutcome:
         outcome = self._outcome(status, **values)
-        self._pending = None
+        self._close_round(status, outcome.aggregation_id)
         return self._note(outcome)
+
+    def _close_round(self, status: str, aggregation_id: str | None) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._notes.closed(pending.round, status, aggregation_id)
 
     def _give_up(
         self, status: str, error: BranchKeyError, *, keep_pending: bool = False, **values: Any
@@ -263,7 +295,7 @@ class RoundEngine:
         """Follow ``on_error``: raise, or turn the error into an outcome and go on with local weights."""
         outcome = self._outcome(status, reason=f"{error} (local weights are kept)", **values)
         if not keep_pending:
-            self._pending = None
+            self._close_round(status, outcome.aggregation_id)
         if self.options.on_error == "raise" or isinstance(error, (ConfigurationError, ClientClosedError)):
             self.history.append(outcome)
             raise error
@@ -321,7 +353,7 @@ class RoundEngine:
             raise ConfigurationError(
                 what="state", expected="what state_dict() gave", found=f"a broken one ({error})", fix=_FRESH
             ) from error
-        self._pending = resumed
+        self._pending = self._notes.resume(resumed)
         queue = getattr(self.client, "queue", None)
         if queue is not None and self.last_applied:
             queue.forget_before(self.last_applied)

@@ -112,7 +112,7 @@ def test_the_readme_names_errors_and_options_that_exist_with_their_defaults() ->
     section = readme.split("\n## Options\n")[1].split("\n## ")[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| (`[^|]+`|automatic) \|", section, re.MULTILINE))
     options = RoundOptions()
-    shown = {"gate": "Gate()", "progress": "automatic"}
+    shown = {"gate": "Gate()", "progress": "automatic", "journal": "automatic"}
     assert list(rows) == [field.name for field in dataclasses.fields(options)]
     for name, default in rows.items():
         value = getattr(options, name)

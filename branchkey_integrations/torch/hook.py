@@ -6,7 +6,7 @@ import logging
 import math
 import numbers
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Union, cast
 
 from torch import nn
@@ -57,6 +57,7 @@ class BranchKeyHook:
             first round instead of now.
         client: an open client, or a function without arguments that makes one. The hook closes only what it made.
         optimizer: the optimizer, or several; needed by ``optimizer_state="reset"`` alone.
+        journal: folder of the journal where the option of this name is None; for adapters that know a good place.
         options: those of :class:`~branchkey_integrations.options.RoundOptions`; ``progress`` does nothing here.
 
     Raises:
@@ -161,6 +162,7 @@ class BranchKeyHook:
     def close(self) -> None:
         """Refuse further rounds, and close the client if the hook made it. May be repeated."""
         self._closed = True
+        self._engine.close()
         owned, self._owned = self._owned, None
         if owned is not None:
             cast(Client, owned).close()
@@ -211,7 +213,8 @@ class BranchKeyHook:
                 self._coordinator.rank,
             )
             cast(Client, source).close()
-        return RoundEngine(cast(LeafClient, _Absent(leaf_id, branch_id)), self._options)
+        # Rank 0 alone notes its rounds.
+        return RoundEngine(cast(LeafClient, _Absent(leaf_id, branch_id)), replace(self._options, journal=False))
 
     def _require_open(self) -> None:
         if self._closed:
