@@ -1,6 +1,6 @@
 # Everything a contributor runs. Each target makes .venv and installs what it needs first.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types format clean
+.PHONY: help demo test bench fuzz soak lint types format clean
 FRAMEWORK ?= torch
 ARGS ?=
 
@@ -15,6 +15,18 @@ demo: ## three leaves train together on this machine (FRAMEWORK=torch|lightning|
 
 test: ## install what is missing, RabbitMQ included, and run all tests (ARGS="-k name" goes to pytest)
 	@scripts/test.sh $(ARGS)
+
+bench: ## measure rounds beside the official client's and write docs/BENCHMARKS.md (ARGS="--quick", ARGS=--help)
+	@scripts/environment.sh demo-torch
+	@.venv/bin/python -m benchmarks $(ARGS)
+
+fuzz: ## throw hostile bytes at the parsers (ARGS="--inputs 1000000 --target archive")
+	@scripts/environment.sh dev
+	@.venv/bin/python -m fuzz $(ARGS)
+
+soak: ## four leaves, 500 rounds, a branch that does its worst (ARGS="--rounds 100 --rabbitmq")
+	@scripts/environment.sh demo-torch
+	@.venv/bin/python -m benchmarks.soak $(ARGS)
 
 lint: ## check style
 	@scripts/environment.sh dev

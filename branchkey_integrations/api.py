@@ -8,6 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ METRIC_MODES = ("test", "train", "non-federated")
 _PIECE_BYTES = 1024 * 1024
 #: The status of an upload that was taken.
 _STORED = 201
+#: What a key of an answer looks like, and how many are shown.
+_KEY = re.compile(r"[A-Za-z_]{1,30}", re.ASCII)
+_MOST_KEYS = 12
 #: Statuses by which an object store says that a presigned link has run out, or that something is wrong with it.
 _LINK_REFUSED = frozenset({400, 401, 403, 404, 410})
 
@@ -67,7 +71,7 @@ class MultipartBody:
         self._after = f"\r\n--{boundary}--\r\n".encode()
         self._file = file
         self._size = size_bytes
-        self._note = note or (lambda step: None)
+        self._note = note or (lambda _: None)
         self.fully_sent = False
 
     def __len__(self) -> int:
@@ -317,11 +321,12 @@ def _data(action: str, answer: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _incomplete(action: str, wanted: str, answer: Mapping[str, Any]) -> ApiError:
-    # Only key names are shown: a value may be a presigned URL or a ticket.
+    # Only key names are shown, and only such as APIs have: anything else may be a presigned URL, a ticket or a token.
+    keys = [key if _KEY.fullmatch(key) else "…" for key in sorted(map(str, answer))][:_MOST_KEYS]
     return ApiError(
         what=action,
         expected=f"an answer with {wanted}",
-        found=f"the keys {sorted(str(key) for key in answer)}",
+        found=f"the keys {keys}",
         fix="Check that host= is the platform and that the versions fit",
         status=0,
     )

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Union
 
 import numpy as np
 
 from branchkey_integrations import archive_npy, archive_zip, deflate
-from branchkey_integrations.archive_values import not_finite
+from branchkey_integrations.archive_values import LayerStream, not_finite
 from branchkey_integrations.archive_zip import STORED, Member
 from branchkey_integrations.errors import ArchiveError
+from branchkey_integrations.values import all_finite
 
 #: Members up to this size are packed in memory and written once; larger ones are written as they are packed, and their
 #: header is put right afterwards.
@@ -20,6 +21,7 @@ IN_MEMORY_BYTES = 1024 * 1024
 _REREAD_BYTES = 256 * 1024
 
 Piece = Any  # bytes or memoryview: what write(), crc32() and sha256() take
+Layer = Union[np.ndarray, LayerStream]
 
 
 class _Copy:
@@ -42,7 +44,7 @@ class Packing:
         finite: refuse NaN and infinity on the way.
     """
 
-    def __init__(self, key: str, layer: np.ndarray, method: int, finite: bool) -> None:
+    def __init__(self, key: str, layer: Layer, method: int, finite: bool) -> None:
         self.key, self.layer, self.method = key, layer, method
         self.crc = self.packed_bytes = self.raw_bytes = 0
         self._finite = finite and layer.dtype.kind == "f"
@@ -74,7 +76,9 @@ class Packing:
         layer = self.layer
         items = deflate.FEED_BYTES // self._dtype.itemsize
         parts: Iterable[np.ndarray]
-        if layer.flags.c_contiguous and layer.dtype == self._dtype:
+        if not isinstance(layer, np.ndarray):
+            parts = layer.pieces(items)
+        elif layer.flags.c_contiguous and layer.dtype == self._dtype:
             flat = layer.reshape(-1)
             parts = (flat[start : start + items] for start in range(0, flat.size, items))
         else:
@@ -90,9 +94,9 @@ class Packing:
             )
             parts = (np.array(part) for part in walk)
         for part in parts:
-            if self._finite and not np.isfinite(part).all():
+            if self._finite and not all_finite(part):
                 raise not_finite(self.key)
-            yield part.view(np.uint8).data
+            yield part.astype(self._dtype, copy=False).view(np.uint8).data
 
 
 class ZipWriter:
@@ -114,7 +118,7 @@ class ZipWriter:
         self._can_patch = _can(file, "seekable") and _can(file, "readable") and not appends
         self._origin: int = file.tell() if self._can_patch else 0
 
-    def add(self, key: str, layer: np.ndarray, *, finite: bool = False) -> None:
+    def add(self, key: str, layer: Layer, *, finite: bool = False) -> None:
         """Write one member, packed straight from the memory of ``layer``."""
         offset = self._size
         packing = Packing(key, layer, self._method, finite)

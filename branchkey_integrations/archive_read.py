@@ -15,6 +15,7 @@ from branchkey_integrations.archive_stream import PIECE_BYTES, ByteSource, Membe
 from branchkey_integrations.archive_values import LayerHeader
 from branchkey_integrations.archive_zip import Member, broken, shown
 from branchkey_integrations.errors import ArchiveError
+from branchkey_integrations.values import all_finite
 
 #: Nine digits are more than there can be members, and few enough for int() to be quick.
 _LAYER = re.compile(r"layer_(0|[1-9][0-9]{0,8})", re.ASCII)
@@ -42,8 +43,12 @@ class Archive(Sequence[np.ndarray]):
     None), ``extras`` the names of all members that are not layers, ``size_bytes`` the size of the file.
     """
 
-    def __init__(self, source: ByteSource, max_bytes: int | None = None) -> None:
+    def __init__(self, source: ByteSource, max_bytes: int | None = None, private: bool = False) -> None:
         self._source = source
+        #: Nobody else can change the file: what was checked once stays so, and may be read again in place of a copy.
+        self.private = private
+        #: What the values were checked against by a pass over all of them (a model's layout); None as long as they were not.
+        self.checked_for: object = None
         self.size_bytes: int = source.size
         members, end = archive_zip.read_directory(source.read_at, source.size)
         layers, extras = _sort(members)
@@ -65,13 +70,14 @@ class Archive(Sequence[np.ndarray]):
             self.weighting = self._read_weighting(extras[_WEIGHTING], starts[extras[_WEIGHTING].name])
 
     @classmethod
-    def open(cls, source: Source, *, max_bytes: int | None = None) -> Archive:
+    def open(cls, source: Source, *, max_bytes: int | None = None, private: bool = False) -> Archive:
         """Open an archive and judge it by its headers alone.
 
         Args:
             source: a path, or a seekable binary file; a file stays open when the archive is closed.
             max_bytes: most bytes that all members may take unpacked; None for no limit. No memory is taken for values here,
                 and a layer takes only its own size when it is read.
+            private: nobody else can write to the file, since it has no name; then a model may be loaded in place from it.
 
         Raises:
             ArchiveError: no NPZ archive, a broken one, or one that holds anything but layers 0..n-1 of plain numbers (and
@@ -79,7 +85,7 @@ class Archive(Sequence[np.ndarray]):
         """
         opened = ByteSource(source)
         try:
-            return cls(opened, max_bytes)
+            return cls(opened, max_bytes, private)
         except ArchiveError as error:
             if error.what == "archive" and opened.name != "archive":
                 error.what = f"archive {opened.name}"
@@ -153,6 +159,35 @@ class Archive(Sequence[np.ndarray]):
         _refuse_overflow(what, array, out.dtype)
         np.copyto(out, array, casting="same_kind")
 
+    def pieces(self, index: int) -> Iterator[np.ndarray]:
+        """Give the values of layer ``index`` as flat pieces of at most 256 KiB, in the order of the file.
+
+        That is C order unless the archive holds the layer in Fortran order (see :meth:`in_c_order`). Each piece lies in the
+        same memory as the one before. Length and CRC are judged after the last one, so a reader takes all of them.
+
+        Raises:
+            ArchiveError: broken data.
+        """
+        layer = self._layers[index]
+        dtype, swapped = layer.header.layer.dtype, layer.header.swapped
+        buffer = np.empty(PIECE_BYTES, np.uint8)
+        stream = MemberStream(self._source, layer.member, layer.start)
+        stream.take(layer.header.length)
+        left = layer.header.layer.nbytes
+        while left:
+            part = buffer[: min(left, PIECE_BYTES)]
+            stream.fill(part.data)
+            left -= len(part)
+            values = part.view(dtype)
+            if swapped:
+                values.byteswap(inplace=True)
+            yield values
+        stream.finish()
+
+    def in_c_order(self, index: int) -> bool:
+        """Tell whether the last axis of layer ``index`` varies fastest in the file."""
+        return not self._layers[index].header.fortran
+
     def check(self) -> None:
         """Unpack every member to nothing, in 0.5 MB of memory, and check its length and CRC.
 
@@ -167,21 +202,10 @@ class Archive(Sequence[np.ndarray]):
     def find_not_finite(self) -> int | None:
         """Check every member as ``check`` does; give the first layer that holds NaN or infinity, if any."""
         first = None
-        buffer = np.empty(PIECE_BYTES, np.uint8)
-        for index, layer in enumerate(self._layers):
-            dtype, swapped = layer.header.layer.dtype, layer.header.swapped
-            stream = MemberStream(self._source, layer.member, layer.start)
-            stream.take(layer.header.length)
-            left = layer.header.layer.nbytes
-            while left:
-                part = buffer[: min(left, PIECE_BYTES)]
-                stream.fill(part.data)
-                left -= len(part)
-                if first is None and dtype.kind == "f":
-                    values = part.view(dtype.newbyteorder() if swapped else dtype)
-                    if not np.isfinite(values).all():
-                        first = index
-            stream.finish()
+        for index in range(len(self)):
+            for piece in self.pieces(index):
+                if first is None and not all_finite(piece):
+                    first = index
         return first
 
     def _stream(self, member: Member, start: int) -> MemberStream:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from branchkey_integrations import deflate
@@ -52,6 +54,33 @@ class ByteSource:
     def read_at(self, offset: int, count: int) -> bytes:
         """Give exactly ``count`` bytes from ``offset`` on."""
         parts = []
+        with self._placed(offset) as file:
+            while count:
+                # A plain read: what SpooledTemporaryFile and other wrappers offer may be no more than that.
+                part = file.read(count)
+                if not part:
+                    raise broken("a file that ends too early")
+                parts.append(part)
+                count -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def read_into(self, offset: int, view: memoryview) -> None:
+        """Fill ``view`` (of bytes) from ``offset`` on, without a copy between where the file can do that."""
+        with self._placed(offset) as file:
+            into = getattr(file, "readinto", None)
+            while len(view):
+                if into is None:
+                    part = file.read(len(view))
+                    view[: len(part)] = part
+                    count = len(part)
+                else:
+                    count = into(view)
+                if not count:
+                    raise broken("a file that ends too early")
+                view = view[count:]
+
+    @contextlib.contextmanager
+    def _placed(self, offset: int) -> Iterator[Any]:
         with self._lock:
             if self._file is None:
                 raise ArchiveError(
@@ -59,16 +88,9 @@ class ByteSource:
                 )
             try:
                 self._file.seek(offset)
-                while count:
-                    # A plain read: what SpooledTemporaryFile and other wrappers offer may be no more than that.
-                    part = self._file.read(count)
-                    if not part:
-                        raise broken("a file that ends too early")
-                    parts.append(part)
-                    count -= len(part)
+                yield self._file
             except OSError as error:
                 raise unreadable(self.name, error) from error
-        return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 class MemberStream:
@@ -109,14 +131,14 @@ class MemberStream:
             wanted = min(len(view) - done, PIECE_BYTES)
             part = view[done : done + wanted]
             if self._inflater is None:
-                piece = self._source.read_at(self._at, wanted)
+                self._source.read_into(self._at, part)
                 self._at += wanted
             else:
                 piece = self._unpack(wanted)
-            if not piece:
-                raise self._broken("data that ends too early")
-            part = part[: len(piece)]
-            part[:] = piece
+                if not piece:
+                    raise self._broken("data that ends too early")
+                part = part[: len(piece)]
+                part[:] = piece
             # The piece is still in the processor's cache here.
             self._crc = deflate.crc32(part, self._crc)
             done += len(part)

@@ -7,8 +7,9 @@ import hashlib
 import math
 import numbers
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -28,6 +29,35 @@ class LayerHeader:
     def nbytes(self) -> int:
         """Size of the values in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+class LayerStream(Protocol):
+    """Stand for a layer that is made piece by piece while it is written: one that is widened, or comes from a device.
+
+    ``shape`` and ``dtype`` are those of the layer in the archive.
+    """
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Length of each axis."""
+        ...
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Dtype of the pieces."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the values in bytes."""
+        ...
+
+    def pieces(self, items: int) -> Iterator[np.ndarray]:
+        """Give the values in C order as flat, contiguous arrays of at most ``items``; may be called again.
+
+        A piece is used up before the next one is asked for.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -118,5 +148,5 @@ def not_finite(what: str) -> ArchiveError:
         what=what,
         expected="finite numbers only",
         found="NaN or infinity",
-        fix="Training has diverged; skip this round, or lower the learning rate",
+        fix="Training has diverged; skip this round, or lower the learning rate. Nothing was sent",
     )

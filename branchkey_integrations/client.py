@@ -18,38 +18,24 @@ import numpy as np
 
 from branchkey_integrations import exchange
 from branchkey_integrations.api import Api, metrics_text
-from branchkey_integrations.archive import (
-    Archive,
-    ArchiveInfo,
-    check_weighting,
-    validate_upload,
-    write_archive,
-)
+from branchkey_integrations.archive import Archive, ArchiveInfo, check_weighting, validate_upload, write_archive
 from branchkey_integrations.channel import check_kind, open_channel
 from branchkey_integrations.config import (
     AMQP_PORT,
     DEFAULT_HOST,
     Endpoint,
     RetryPolicy,
+    check_port,
     check_retry,
     check_seconds,
     check_verify,
 )
 from branchkey_integrations.credentials import Credentials, CredentialsSource
-from branchkey_integrations.errors import (
-    ApiError,
-    BranchKeyError,
-    ClientClosedError,
-    ConfigurationError,
-)
-from branchkey_integrations.events import (
-    AggregateReady,
-    Mailbox,
-    Notification,
-    RunStatusChanged,
-    check_aggregation_id,
-)
-from branchkey_integrations.outcome import UploadReceipt
+from branchkey_integrations.errors import ApiError, BranchKeyError, ClientClosedError
+from branchkey_integrations.events import AggregateReady, Mailbox, Notification, RunStatusChanged, check_aggregation_id
+from branchkey_integrations.link import Link, check_compression
+from branchkey_integrations.outcome import Note, UploadReceipt
+from branchkey_integrations.quarantine import quarantine_of
 from branchkey_integrations.run_state import RunState
 from branchkey_integrations.transport import Transport
 from branchkey_integrations.waiting import wait_for_aggregation
@@ -80,6 +66,8 @@ class Client:
         retry: how failed requests are repeated.
         timeout_s: longest stall of a connection, in seconds; bodies may take as long as they move.
         rbmq_ssl: speak TLS to the broker; None: on port 5671 only.
+        compression: ``"deflate"``; ``"store"`` for fast networks; ``"auto"`` stores where past uploads say that it is faster.
+        quarantine_dir: where refused aggregates are kept; None: ``<output_dir>/refused``, False: nowhere.
 
     Raises:
         ConfigurationError: an argument cannot work; nothing was sent.
@@ -104,6 +92,8 @@ class Client:
         retry: RetryPolicy | None = None,
         timeout_s: float = 30.0,
         rbmq_ssl: bool | None = None,
+        compression: str = "deflate",
+        quarantine_dir: str | os.PathLike[str] | bool | None = None,
     ) -> None:
         self._credentials = Credentials.load(credentials)
         self._endpoint = Endpoint.parse(host)
@@ -112,10 +102,7 @@ class Client:
         check_seconds("run_check_interval_s", run_check_interval_s)
         kind = check_kind(notifications)
         check_retry(retry)
-        if not isinstance(rbmq_port, int) or isinstance(rbmq_port, bool) or not 0 < rbmq_port < 65536:
-            raise ConfigurationError(
-                what="rbmq_port", expected="a port from 1 to 65535", found=repr(rbmq_port), fix="Pass rbmq_port=5672"
-            )
+        check_port("rbmq_port", rbmq_port)
         if verify is False:
             warnings.warn(
                 f"ssl=False: nobody checks that {self._endpoint.netloc} is the platform; pass the path of your CA bundle",
@@ -124,6 +111,8 @@ class Client:
         self.wait_for_run = bool(wait_for_run)
         self.run_check_interval_s = run_check_interval_s
         self.output_dir = os.fspath(output_dir)
+        self._quarantine = quarantine_of(quarantine_dir, self.output_dir)
+        self._link, self._compression = Link(), check_compression(compression)
         self.last_upload: UploadReceipt | None = None
         self._mailbox = Mailbox()
         self._closed = threading.Event()
@@ -206,7 +195,7 @@ class Client:
         path = os.fspath(file_path)
         if not path.endswith(".npz"):
             path += ".npz"
-        write_archive(path, exchange.require_finite(list(parameters)), check_weighting(weighting))
+        write_archive(path, list(parameters), check_weighting(weighting), finite=True)
         return path
 
     def convert_pytorch_numpy(
@@ -218,8 +207,12 @@ class Client:
         """
         return weighting, exchange.copy_tensors(named_parameters)
 
-    def file_upload(self, file_path: str | os.PathLike[str]) -> str:
+    def file_upload(
+        self, file_path: str | os.PathLike[str], *, metadata: Mapping[str, Any] | None = None, note: Note | None = None
+    ) -> str:
         """Check and send an archive that :meth:`save_weights` (or ``numpy.savez_compressed``) wrote; return its file id.
+
+        ``metadata`` and ``note`` are those of :meth:`upload`.
 
         Raises:
             ArchiveError, WeightingError: the file may not leave as it is; nothing was sent.
@@ -228,7 +221,7 @@ class Client:
         """
         info = validate_upload(file_path)
         with open(file_path, "rb") as file:
-            return self._send(file, info, os.path.basename(os.fspath(file_path)), {})
+            return self._send(file, info, os.path.basename(os.fspath(file_path)), metadata, note)
 
     def upload(
         self,
@@ -236,7 +229,7 @@ class Client:
         weighting: float,
         *,
         metadata: Mapping[str, Any] | None = None,
-        note: Callable[[str, str, int], None] | None = None,
+        note: Note | None = None,
     ) -> str:
         """Send layers without leaving a file behind; return the file id. Errors as in :meth:`file_upload`.
 
@@ -248,28 +241,32 @@ class Client:
                 before the last, when the platform may have everything.
         """
         weight = check_weighting(weighting)
-        with exchange.packed(exchange.require_finite(arrays), weight) as (file, info):
-            noted = None if note is None else lambda step: note(step, info.digest, info.size_bytes)
-            return self._send(file, info, f"{self.leaf_id}.npz", metadata or {}, noted)
+        choice = exchange.choose(self._compression, self._link, arrays)
+        with exchange.packed(arrays, weight, choice.compression) as (file, info):
+            return self._send(file, info, f"{self.leaf_id}.npz", metadata, note, str(choice))
 
     def _send(
         self,
         file: BinaryIO,
         info: ArchiveInfo,
         filename: str,
-        metadata: Mapping[str, Any],
-        note: Callable[[str], None] | None = None,
+        metadata: Mapping[str, Any] | None,
+        note: Note | None,
+        compression: str = "",
     ) -> str:
+        noted = None if note is None else lambda step: note(step, info.digest, info.size_bytes)
         while True:
             self._run.require_started(self.wait_for_run, self.run_check_interval_s, self._require_open)
+            started = time.monotonic()
             try:
-                file_id = self._api.upload(file, info, filename, metadata, note)
+                file_id = self._api.upload(file, info, filename, metadata or {}, noted)
                 break
             except ApiError as error:
                 # The run may have been paused while the update was on its way; then it is that, and no error of ours.
                 if error.status != _CONFLICT or self._run.is_started():
                     raise
-        self.last_upload = UploadReceipt(file_id, info.size_bytes, info.digest)
+        self._link.note(info.size_bytes, time.monotonic() - started)
+        self.last_upload = UploadReceipt(file_id, info.size_bytes, info.digest, compression)
         logger.info("update %s sent: %d bytes", file_id, info.size_bytes)
         return file_id
 
@@ -319,11 +316,14 @@ class Client:
         return exchange.store(self._api, identifier, self.output_dir)
 
     @contextlib.contextmanager
-    def open_aggregation(self, aggregation_id: str) -> Iterator[Archive]:
-        """Download an aggregate into an unlinked temporary file and open it; layers are decoded one at a time."""
+    def open_aggregation(self, aggregation_id: str, *, quarantine: bool = False) -> Iterator[Archive]:
+        """Download an aggregate into an unlinked temporary file and open it; layers are decoded one at a time.
+
+        With ``quarantine`` it is kept in ``quarantine_dir`` if it is no sound archive, or is refused within the block.
+        """
         identifier = check_aggregation_id(aggregation_id)
         self._require_open()
-        with exchange.opened(self._api, identifier) as archive:
+        with exchange.opened(self._api, identifier, self._quarantine if quarantine else None) as archive:
             yield archive
 
     def load_aggregation(self, aggregation_id: str) -> list[np.ndarray]:

@@ -168,6 +168,18 @@ class RetryPolicy:
         return delay if spent_s + delay <= self.budget_s else None
 
 
+def check_port(name: str, value: object) -> None:
+    """Demand a port number.
+
+    Raises:
+        ConfigurationError: names the option.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 65536:
+        raise ConfigurationError(
+            what=name, expected="a port from 1 to 65535", found=repr(value), fix=f"Pass {name}={AMQP_PORT}"
+        )
+
+
 def check_retry(value: object) -> None:
     """Check the ``retry`` option: a policy or None."""
     if value is not None and not isinstance(value, RetryPolicy):

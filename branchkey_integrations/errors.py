@@ -7,6 +7,7 @@
     ├── WeightingError       ValueError  a weighting that must not leave the site
     ├── ArchiveError         ValueError  a file that is not a sound NPZ of layers
     ├── LayoutError          ValueError  layers that do not fit the model
+    ├── MixedModelError                  the disk failed in the middle of loading; the model is a mixture
     ├── TransportError                   the request got no usable answer
     │   ├── UnreachableError ConnectionError  nothing was sent: name, route, proxy or refused connection
     │   ├── TLSError                     the certificate or the handshake was refused
@@ -98,12 +99,22 @@ class WeightingError(BranchKeyError, ValueError):
     """A weighting that is not a finite number above zero; nothing was sent."""
 
 
+@dataclass(eq=False)
 class ArchiveError(BranchKeyError, ValueError):
-    """A file is not a sound NPZ archive of layers, or an array cannot be put into one."""
+    """A file is not a sound NPZ archive of layers, or an array cannot be put into one.
+
+    ``quarantined`` is where it was kept, if it was an aggregate and was.
+    """
+
+    quarantined: str = ""
 
 
 class LayoutError(BranchKeyError, ValueError):
     """Layers do not fit the model; nothing was written to it."""
+
+
+class MixedModelError(BranchKeyError):
+    """The disk failed while a checked aggregate was unpacked into the model, which now holds layers of both."""
 
 
 class TransportError(BranchKeyError):

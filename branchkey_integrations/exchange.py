@@ -4,71 +4,112 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
+import logging
 import os
 import re
 import secrets
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from branchkey_integrations import deflate
 from branchkey_integrations.api import Api
 from branchkey_integrations.archive import Archive, ArchiveInfo, write_archive
-from branchkey_integrations.errors import ArchiveError
+from branchkey_integrations.errors import AggregateRejectedError, ArchiveError, BranchKeyError, DownloadError
+from branchkey_integrations.link import AUTO, DEFLATE, MEASURABLE_BYTES, STORE, Choice, Link, Sample
+from branchkey_integrations.quarantine import Quarantine
+from branchkey_integrations.values import pieces_of
+
+logger = logging.getLogger("branchkey_integrations.exchange")
 
 #: Archives up to this size are built in memory, larger ones in an unlinked temporary file.
-_IN_MEMORY_BYTES = 32 * 1024 * 1024
+_IN_MEMORY_BYTES = 8 * 1024 * 1024
+#: Pieces of 128 KiB that are packed to see what packing costs and saves.
+_SAMPLE_PIECES = 8
 
 
-def require_finite(arrays: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
-    """Demand at least one layer, and no NaN or infinity in any.
+@contextlib.contextmanager
+def packed(
+    arrays: Sequence[Any], weighting: float, compression: str = DEFLATE
+) -> Iterator[tuple[BinaryIO, ArchiveInfo]]:
+    """Pack layers into an archive that is gone when the block ends.
 
     Raises:
-        ArchiveError: names the first layer that may not leave.
+        ArchiveError: no layers, one that cannot be sent, or NaN or infinity in one (named), found while it is packed.
     """
-    if not arrays:
-        raise ArchiveError(
-            what="update", expected="at least one layer", found="none", fix="Pass the model's parameters"
-        )
-    for index, array in enumerate(arrays):
-        if getattr(getattr(array, "dtype", None), "kind", "") == "f" and not np.isfinite(array).all():
-            raise ArchiveError(
-                what=f"layer_{index}",
-                expected="finite numbers",
-                found="NaN or infinity",
-                fix="Training has diverged; lower the learning rate. Nothing was sent",
-            )
-    return arrays
+    method: Any = compression
+    with io.BytesIO() if raw_bytes(arrays) <= _IN_MEMORY_BYTES else _scratch("update") as file:
+        yield file, write_archive(file, arrays, weighting, compression=method, finite=True)
+
+
+def choose(wanted: str, link: Link, arrays: Sequence[Any]) -> Choice:
+    """Settle how an update is packed; ``"auto"`` tries a piece of its largest layer."""
+    if wanted != AUTO:
+        return Choice(wanted, "as you asked" if wanted == STORE else "")
+    size = raw_bytes(arrays)
+    return link.choose(size, _sample(arrays) if size >= MEASURABLE_BYTES else Sample(1.0, 0.0))
+
+
+def raw_bytes(arrays: Sequence[Any]) -> int:
+    """Give the size of all values."""
+    return sum(getattr(array, "nbytes", 0) for array in arrays)
+
+
+def _sample(arrays: Sequence[Any]) -> Sample:
+    largest = max(arrays, key=lambda array: getattr(array, "nbytes", 0))
+    pieces = itertools.islice(pieces_of(largest), _SAMPLE_PIECES)
+    raw = b"".join(piece.tobytes() for piece in pieces)
+    started = time.perf_counter()
+    packer = deflate.compressor(raw)
+    size = len(packer.compress(raw)) + len(packer.flush())
+    return Sample(size / len(raw), (time.perf_counter() - started) / len(raw))
 
 
 @contextlib.contextmanager
-def packed(arrays: Sequence[np.ndarray], weighting: float) -> Iterator[tuple[BinaryIO, ArchiveInfo]]:
-    """Pack layers into an archive that is gone when the block ends."""
-    size = sum(getattr(array, "nbytes", 0) for array in arrays)
-    with io.BytesIO() if size <= _IN_MEMORY_BYTES else tempfile.TemporaryFile() as file:
-        yield file, write_archive(file, arrays, weighting)
+def opened(api: Api, identifier: str, quarantine: Quarantine | None = None) -> Iterator[Archive]:
+    """Download an aggregate into an unlinked temporary file and open it.
+
+    What is no archive is downloaded once more, since it may have been damaged on the way. An aggregate that stays unsound,
+    or that is refused within the block, is kept in ``quarantine``.
+    """
+    with _scratch(f"aggregate {identifier}") as file:
+        archive = _fetched(api, identifier, file, quarantine)
+        try:
+            with archive:
+                yield archive
+        except AggregateRejectedError as error:
+            if quarantine is not None:
+                error.quarantined = quarantine.keep(file, identifier, error)
+            raise
 
 
-@contextlib.contextmanager
-def opened(api: Api, identifier: str) -> Iterator[Archive]:
-    """Download an aggregate into an unlinked temporary file and open it."""
-    with tempfile.TemporaryFile() as file:
+def _fetched(api: Api, identifier: str, file: BinaryIO, quarantine: Quarantine | None) -> Archive:
+    for last_try in (False, True):
+        file.seek(0)
+        file.truncate()
         api.download(identifier, file)
         try:
-            archive = Archive.open(file)
+            return Archive.open(file, private=True)
         except ArchiveError as error:
-            raise _named(error, identifier) from error
-        with archive:
-            yield archive
+            named = _named(error, identifier)
+            if last_try:
+                if quarantine is not None:
+                    named.quarantined = quarantine.keep(file, identifier, named)
+                raise named from error
+            logger.warning("%s; it is downloaded once more", named)
+    raise AssertionError("unreachable")
 
 
 def store(api: Api, identifier: str, folder: str) -> str:
     """Download an aggregate to ``<folder>/<identifier>.npz``; it appears there when it is complete and sound."""
-    os.makedirs(folder, exist_ok=True)
     path = os.path.join(folder, f"{identifier}.npz")
     temporary = os.path.join(folder, f".{identifier[:64]}-{secrets.token_hex(8)}.part")
     try:
+        os.makedirs(folder, exist_ok=True)
         # Not mkstemp, whose files only the owner may read: other tools of the user pick this one up.
         with open(temporary, "x+b") as file:
             api.download(identifier, file)
@@ -77,12 +118,31 @@ def store(api: Api, identifier: str, folder: str) -> str:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             os.unlink(temporary)
         if isinstance(error, ArchiveError):
             raise _named(error, identifier) from error
+        if isinstance(error, OSError) and not isinstance(error, BranchKeyError):
+            raise DownloadError(
+                what=f"aggregate {identifier}",
+                expected=f"a file that can be written in {folder}",
+                found=error.strerror or type(error).__name__,
+                fix="Free some space, or pass another output_dir",
+            ) from error
         raise
     return path
+
+
+def _scratch(what: str) -> BinaryIO:
+    try:
+        return cast(BinaryIO, tempfile.TemporaryFile())
+    except OSError as error:
+        raise ArchiveError(
+            what=what,
+            expected="room for a temporary file",
+            found=error.strerror or type(error).__name__,
+            fix="Free some space, or let TMPDIR name another folder",
+        ) from error
 
 
 def copy_tensors(named_parameters: Iterable[tuple[str, Any]]) -> list[np.ndarray]:

@@ -10,6 +10,10 @@ import numpy as np
 
 from branchkey_integrations.errors import AggregateRejectedError, ArchiveError, ConfigurationError, LayoutError
 from branchkey_integrations.parameters import Layout
+from branchkey_integrations.screening import screen
+from branchkey_integrations.values import squared_norm
+
+__all__ = ["Gate", "squared_norm"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class Gate:
     def check(
         self, aggregation_id: str, arrays: Sequence[np.ndarray], layout: Layout, reference_norm: float | None = None
     ) -> float:
-        """Check an aggregate against the model's layout; reads one layer at a time.
+        """Check an aggregate against the model's layout, in the memory of a few pieces.
 
         Args:
             aggregation_id: for the message.
@@ -70,21 +74,7 @@ class Gate:
             AggregateRejectedError: says which layer, what was expected, what was found.
         """
         try:
-            layout.check_headers(getattr(arrays, "headers", arrays))
-            total = 0.0
-            for index, layer in enumerate(layout):
-                array = arrays[index]
-                if array.dtype.kind == "f" and not np.isfinite(array).all():
-                    bad = int(array.size - np.count_nonzero(np.isfinite(array)))
-                    raise LayoutError(
-                        what=f"layer_{index} ({layer.name})",
-                        expected="finite numbers",
-                        found=f"{bad} of {array.size} NaN or infinite",
-                        fix="A site of the branch may have diverged; nothing was loaded",
-                    )
-                layout.check_range(index, array)
-                if array.size:
-                    total += squared_norm(array)
+            total = screen(arrays, layout)
         except (LayoutError, ArchiveError) as error:
             raise AggregateRejectedError(
                 what=f"aggregate {aggregation_id}, {error.what}",
@@ -130,13 +120,3 @@ class Gate:
                 fix="The weights from before were put back",
                 aggregation_id=aggregation_id,
             )
-
-
-def squared_norm(array: np.ndarray) -> float:
-    """Sum of squares in float64, without a float64 copy of the whole array."""
-    flat = array.reshape(-1)
-    total = 0.0
-    for start in range(0, flat.size, 65_536):
-        piece = flat[start : start + 65_536].astype(np.float64)
-        total += float(np.dot(piece, piece))
-    return total

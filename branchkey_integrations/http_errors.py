@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import email.utils
 import json
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,8 @@ from branchkey_integrations.errors import (
     TransportError,
     UnreachableError,
 )
-from branchkey_integrations.redaction import host_of
+from branchkey_integrations.http_session import BadRedirectError
+from branchkey_integrations.redaction import host_of, without_queries
 
 
 def json_object(content: bytes) -> dict[str, Any] | None:
@@ -42,18 +44,29 @@ def json_object(content: bytes) -> dict[str, Any] | None:
     return decoded if isinstance(decoded, dict) else None
 
 
-def retry_after_s(value: str | None) -> float | None:
-    """Read ``Retry-After`` as seconds from now: a number or an HTTP date (RFC 9110, section 10.2.3)."""
+def retry_after_s(value: str | None, date: str | None = None) -> float | None:
+    """Read ``Retry-After`` as seconds from now: a number or an HTTP date (RFC 9110, section 10.2.3).
+
+    Args:
+        value: of the header.
+        date: of the answer's ``Date`` header; a moment is counted from it, so that a clock that is wrong here does no harm.
+    """
     if not value:
         return None
     seconds = whole_number(value.strip())
     if seconds is not None:
         return float(seconds)
-    try:
-        moment = email.utils.parsedate_to_datetime(value)
-    except (TypeError, ValueError):
+    moment, now = _timestamp(value), _timestamp(date or "")
+    if moment is None:
         return None
-    return max(0.0, moment.timestamp() - time.time())
+    return max(0.0, moment - (time.time() if now is None else now))
+
+
+def _timestamp(text: str) -> float | None:
+    try:
+        return email.utils.parsedate_to_datetime(text).timestamp()
+    except (TypeError, ValueError, OverflowError, OSError):
+        return None
 
 
 def whole_number(text: str) -> int | None:
@@ -74,12 +87,16 @@ def from_request(
         Our error, and whether the request may have reached the server.
     """
     if isinstance(error, requests.exceptions.SSLError):
+        found = _tls_reason(error)
+        clock = "not yet valid" in found or "expired" in found
         return (
             TLSError(
                 what=action,
                 expected=f"a certificate of {host} that can be verified",
-                found=_tls_reason(error),
-                fix="Pass ssl=<path of your CA bundle>, or check the host name",
+                found=found,
+                fix="Check this machine's clock; if it is right, the certificate is not"
+                if clock
+                else "Pass ssl=<path of your CA bundle>, or check the host name",
             ),
             False,
         )
@@ -93,6 +110,18 @@ def from_request(
                 fix="Check proxies= or HTTP_PROXY, HTTPS_PROXY and NO_PROXY",
             ),
             False,
+        )
+    if isinstance(error, (BadRedirectError, requests.exceptions.TooManyRedirects)):
+        return (
+            TransportError(
+                what=action,
+                expected=f"an answer from {host}",
+                found="redirects without end"
+                if not isinstance(error, BadRedirectError)
+                else "a redirect to no address",
+                fix="Something between here and the platform may answer in its place (proxy, login page)",
+            ),
+            True,
         )
     if _never_connected(error):
         return (
@@ -143,6 +172,7 @@ def from_request(
     )
 
 
+_MEDIA_TYPE = re.compile(r"[\w.+-]{1,60}/[\w.+-]{1,60}|no content type", re.ASCII)
 _BY_STATUS: dict[int, tuple[type[ApiError], str]] = {
     401: (AuthenticationError, "Check the credentials: the session token may have been replaced"),
     403: (AuthenticationError, "Check that these credentials belong to this branch"),
@@ -161,16 +191,16 @@ def from_answer(action: str, answer: requests.Response, content: bytes, host: st
     elif not isinstance(message, str) or not message:
         message = f"{_described(answer, content)} that name no error"
     cls, fix = _BY_STATUS.get(status, (ApiError, "Check host= and the state of the platform"))
-    found = f"{status}: {message}".replace(secret, "***")
+    found = without_queries(f"{status}: {message}".replace(secret, "***"))
     return cls(what=action, expected=f"success from {host}", found=found, fix=fix, status=status)
 
 
-def not_json(action: str, answer: requests.Response, content: bytes, host: str) -> ApiError:
+def not_json(action: str, answer: requests.Response, content: bytes, host: str, secret: str) -> ApiError:
     """Describe a success that is not the JSON object it should be (a proxy's page, say)."""
     return ApiError(
         what=action,
         expected=f"a JSON object from {host}",
-        found=_described(answer, content),
+        found=_described(answer, content).replace(secret, "***"),
         fix="Something between here and the platform may answer in its place (proxy, login page)",
         status=answer.status_code,
     )
@@ -190,7 +220,9 @@ def bad_object(action: str, answer: requests.Response, host: str) -> DownloadErr
 
 
 def _described(answer: requests.Response, content: bytes) -> str:
-    return f"{len(content)} bytes of {answer.headers.get('Content-Type', 'no content type').split(';')[0]}"
+    kind = answer.headers.get("Content-Type", "no content type").split(";")[0].strip()
+    # Whatever else stands there is not for an error message.
+    return f"{len(content)} bytes of {kind if _MEDIA_TYPE.fullmatch(kind) else 'an unreadable content type'}"
 
 
 def _links(error: BaseException) -> Iterator[BaseException]:

@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import threading
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,7 +31,7 @@ logger = logging.getLogger("branchkey_integrations.journal")
 _VERSION = 1
 _EVENTS = ("begin", "adopted", "sending", "posted", "sent", "not_sent", "announced", "closed")
 _ROUND_FIELDS = ("sent", "upload_id", "digest", "uploaded_bytes", "layout", "aggregation_id")
-_open_here: set[str] = set()
+_open_here: weakref.WeakValueDictionary[str, Journal] = weakref.WeakValueDictionary()
 _open_lock = threading.Lock()
 
 
@@ -39,7 +40,7 @@ class NotedRound:
     """What the journal knows of one round.
 
     ``sent`` is ``"yes"``, ``"maybe"`` (every byte went out, no answer is known) or ``"no"``. ``aggregation_id`` is the
-    newest aggregate that was announced after it; ``closed`` says whether the round was brought to an end.
+    newest aggregate that was announced after it; ``closed`` is how the round was brought to its end, empty while it is open.
     """
 
     round: int
@@ -49,13 +50,14 @@ class NotedRound:
     uploaded_bytes: int = 0
     layout: str = ""
     aggregation_id: str | None = None
-    closed: bool = False
+    closed: str = ""
 
 
 class Journal:
     """Keep the journal of one leaf in one branch and one run.
 
-    One process at a time may hold it. What was noted in another run of the branch, or by a leaf of another branch, does
+    One process at a time may hold it; within a process the newest takes it over, since an interrupted notebook leaves the one
+    before behind. What was noted in another run of the branch, or by a leaf of another branch, does
     not count.
 
     Args:
@@ -66,11 +68,11 @@ class Journal:
 
     Raises:
         JournalError: the file cannot be opened or read.
-        ConfigurationError: another process, or another engine of this one, holds it.
+        ConfigurationError: another process holds it.
     """
 
     def __init__(self, folder: str, leaf_id: str, branch_id: str, run_number: int | None) -> None:
-        self.path = os.path.join(folder, f"{_file_name(leaf_id)}.jsonl")
+        self.path = os.path.join(folder, f"{file_name(leaf_id)}.jsonl")
         self._lock = threading.Lock()
         self._rounds: dict[int, NotedRound] = {}
         self._heard: list[str] = []
@@ -80,6 +82,7 @@ class Journal:
         #: An aggregate that was announced when no round was open.
         self.unread: str | None = None
         self._identity = {"leaf_id": leaf_id, "branch_id": branch_id, "run_number": run_number}
+        self._taken_over = False
         self._file = self._open(folder)
         try:
             self._read()
@@ -164,14 +167,17 @@ class Journal:
     def close(self) -> None:
         """Let go of the file. May be repeated."""
         with self._lock:
-            if not self._file.closed:
-                self._file.close()
-                with _open_lock:
-                    _open_here.discard(os.path.realpath(self.path))
+            self._file.close()
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
             self.close()
+
+    def hand_over(self) -> None:
+        """Let a newer journal of this process have the file; from now on a step that is to be noted raises."""
+        with self._lock:
+            self._taken_over = not self._file.closed
+            self._file.close()
 
     # --- the file ----------------------------------------------------------------------------------------------------
 
@@ -184,8 +190,9 @@ class Journal:
             fix="End the other process, or give this one the credentials of another leaf or another journal folder",
         )
         with _open_lock:
-            if name in _open_here:
-                raise held
+            former = _open_here.pop(name, None)
+            if former is not None:
+                former.hand_over()
             try:
                 os.makedirs(folder, exist_ok=True)
                 # Neither truncated nor made anew: it may hold the rounds of a process that was killed.
@@ -199,7 +206,7 @@ class Journal:
                 except OSError as error:
                     file.close()
                     raise held from error
-            _open_here.add(name)
+            _open_here[name] = self
         return file
 
     def _read(self) -> None:
@@ -234,12 +241,19 @@ class Journal:
         """Note what has happened already; that it cannot be noted is no reason to undo it."""
         try:
             self._note(line)
-        except JournalError as error:
+        except (JournalError, ConfigurationError) as error:
             logger.warning("%s", error)
 
     def _note(self, line: Mapping[str, Any]) -> None:
         data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
         with self._lock:
+            if self._taken_over:
+                raise ConfigurationError(
+                    what=f"journal {self.path}",
+                    expected="one training at a time as this leaf",
+                    found="a newer one in this process, which took it over",
+                    fix="Go on with the newer one, or give it the credentials of another leaf",
+                )
             if self._file.closed:
                 return
             start = self._file.tell()
@@ -287,13 +301,15 @@ class Journal:
             sent = {"posted": "maybe", "sent": "yes", "not_sent": "no"}[event]
             noted = replace(noted, sent=sent, upload_id=line.get("upload_id"))
         else:
-            noted = replace(noted, closed=True, aggregation_id=line.get("aggregation_id") or noted.aggregation_id)
+            noted = replace(
+                noted, closed=str(line.get("status")), aggregation_id=line.get("aggregation_id") or noted.aggregation_id
+            )
             if self.unread == noted.aggregation_id:
                 self.unread = None
         self._rounds[number] = noted
 
 
-def _file_name(leaf_id: str) -> str:
+def file_name(leaf_id: str) -> str:
     """Give a name that is one file in the folder, whatever the id holds."""
     safe = re.sub(r"[^A-Za-z0-9_-]", "_", leaf_id)[:64]
     return safe if safe == leaf_id else f"{safe}-{hashlib.sha256(leaf_id.encode()).hexdigest()[:12]}"

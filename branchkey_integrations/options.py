@@ -36,6 +36,8 @@ class RoundOptions:
         progress: show rounds in the progress bar and logger; None decides by where the script runs.
         journal: a folder in which each step of each round is noted, so that a process that was killed goes on without
             sending a round twice or missing its aggregate. None: as the adapter says; False: nowhere.
+        spool_bytes: with ``on_error="keep_local"`` and a journal, an update up to this size that cannot be sent waits
+            beside the journal and is sent when the link is back, unless a newer one comes first; 0: none waits.
     """
 
     weighting: Weighting = "samples"
@@ -50,6 +52,7 @@ class RoundOptions:
     report_metrics: bool = True
     progress: bool | None = None
     journal: str | os.PathLike[str] | bool | None = None
+    spool_bytes: int = 2 * 1024**3
 
     def __post_init__(self) -> None:
         if not callable(self.weighting) and self.weighting != "samples":
@@ -60,6 +63,9 @@ class RoundOptions:
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise _wrong("every_n_epochs", "a whole number from 1", every, "1")
         check_seconds("timeout_s", self.timeout_s, optional=True)
+        limit = self.spool_bytes
+        if not isinstance(limit, int) or isinstance(limit, bool) or limit < 0:
+            raise _wrong("spool_bytes", "a whole number of bytes from 0", limit, "2_000_000_000")
         if self.on_error not in ("raise", "keep_local"):
             raise _wrong("on_error", '"raise" or "keep_local"', self.on_error, '"keep_local"')
         if self.optimizer_state not in ("keep", "reset"):

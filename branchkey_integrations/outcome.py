@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
-
-import numpy as np
 
 from branchkey_integrations.archive import Archive
 
@@ -19,6 +17,12 @@ class UploadReceipt:
     file_id: str
     size_bytes: int
     digest: str
+    #: How the update was packed, and why: ``deflate``, ``store: as you asked``…; empty for a file that was there already.
+    compression: str = ""
+
+
+#: Called with a step of an upload (``"sending"``, ``"posted"``), the archive's digest and its length in bytes.
+Note = Callable[[str, str, int], None]
 
 
 class LeafClient(Protocol):
@@ -45,8 +49,21 @@ class LeafClient(Protocol):
         """Give the present moment among arriving aggregates."""
         ...
 
-    def upload(self, arrays: list[np.ndarray], weighting: float, *, metadata: Mapping[str, Any] | None = None) -> str:
+    def upload(
+        self,
+        arrays: Sequence[Any],
+        weighting: float,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        note: Note | None = None,
+    ) -> str:
         """Send layers; return the file id."""
+        ...
+
+    def file_upload(
+        self, file_path: str, *, metadata: Mapping[str, Any] | None = None, note: Note | None = None
+    ) -> str:
+        """Send an archive; return the file id."""
         ...
 
     def wait_for_aggregation(
@@ -59,8 +76,8 @@ class LeafClient(Protocol):
         """Wait for an aggregate; return its id."""
         ...
 
-    def open_aggregation(self, aggregation_id: str) -> AbstractContextManager[Archive]:
-        """Download an aggregate and open it."""
+    def open_aggregation(self, aggregation_id: str, *, quarantine: bool = False) -> AbstractContextManager[Archive]:
+        """Download an aggregate and open it; keep it aside if it turns out to be bad."""
         ...
 
     def send_performance_metrics(self, aggregation_id: str, data: Mapping[str, Any], mode: str) -> None:
@@ -85,6 +102,8 @@ class RoundOutcome:
     uploaded_bytes: int = 0
     downloaded_bytes: int = 0
     reason: str = ""
+    #: How the update was packed, and why.
+    compression: str = ""
 
 
 @dataclass(frozen=True)
@@ -101,3 +120,7 @@ class PendingRound:
     repeated: bool = False
     #: False: every byte went out, but no answer is known.
     certain: bool = True
+    #: It could not be sent yet and waits on the disk.
+    waits: bool = False
+    #: See :class:`UploadReceipt`.
+    compression: str = ""

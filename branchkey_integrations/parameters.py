@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol, Union
 
 import numpy as np
@@ -20,6 +21,8 @@ from branchkey_integrations.errors import ConfigurationError, LayoutError
 #: Largest finite value of each float type that numpy lacks (ml_dtypes and torch agree on them).
 _LARGEST: dict[str, float] = {"bfloat16": 3.3895313892515355e38, "float8_e4m3fn": 448.0, "float8_e5m2": 57344.0}
 _SHOWN_DIFFERENCES = 5
+#: Half a megabyte of names in a checkpoint.
+_MOST_IN_STATE = 5_000
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Layout:
     def __iter__(self) -> Iterator[LayerSpec]:
         return iter(self.layers)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) over the ordered names, shapes and dtypes."""
         text = json.dumps(
@@ -92,11 +95,25 @@ class Layout:
         )
         return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
+    def to_plain(self) -> list[list[Any]] | None:
+        """Give the layers as lists of name, shape and dtype for a checkpoint; None when they are too many for one."""
+        if len(self) > _MOST_IN_STATE:
+            return None
+        return [[layer.name, list(layer.shape), layer.dtype] for layer in self.layers]
+
+    @classmethod
+    def from_plain(cls, layers: Sequence[Sequence[Any]]) -> Layout:
+        """Make a layout of what :meth:`to_plain` gave."""
+        return cls(tuple(LayerSpec(str(name), tuple(map(int, shape)), str(dtype)) for name, shape, dtype in layers))
+
     def differences(self, other: Layout) -> list[str]:
         """Describe, a line each, what changed from this layout to ``other``."""
         lines = []
         if len(self) != len(other):
-            lines.append(f"{len(self)} layers became {len(other)}")
+            before, after = ({layer.name for layer in each.layers} for each in (self, other))
+            odd = [layer.name for layer in (*self.layers, *other.layers) if layer.name in before ^ after]
+            shown = ", ".join(odd[:_SHOWN_DIFFERENCES]) + (" and more" if len(odd) > _SHOWN_DIFFERENCES else "")
+            lines.append(f"{len(self)} layers became {len(other)}" + (f": {shown}" if odd else ""))
         for index, (mine, theirs) in enumerate(zip(self.layers, other.layers)):
             if mine != theirs:
                 lines.append(f"layer_{index} was {mine}, is {theirs}")
@@ -206,7 +223,10 @@ def headers_of(arrays: Sequence[np.ndarray]) -> Sequence[HasShape]:
 
 
 class ParameterStore(Protocol):
-    """Read and write the federated parameters of one live model."""
+    """Read and write the federated parameters of one live model.
+
+    A store may also have ``view()``, see :func:`view_of`.
+    """
 
     def layout(self) -> Layout:
         """Describe the selected parameters in order, from the model as it is now."""
@@ -226,6 +246,15 @@ class ParameterStore(Protocol):
             LayoutError: count, shape, dtype or range does not fit; nothing was written.
         """
         ...
+
+
+def view_of(store: ParameterStore) -> Sequence[Any]:
+    """Give a store's layers without a copy where it offers that (``view()``), else as :meth:`ParameterStore.read`.
+
+    Each is an array, or a stream that ``write_archive`` takes. The model must not change until they are used up.
+    """
+    view: Callable[[], Sequence[Any]] | None = getattr(store, "view", None)
+    return store.read() if view is None else view()
 
 
 Selection = Union[str, Sequence[str], Callable[[str, Any], bool]]

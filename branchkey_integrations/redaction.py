@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import logging
+import re
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 # Only records written inside our own requests are touched; the user's other traffic is none of our business.
 _active: contextvars.ContextVar[str] = contextvars.ContextVar("branchkey_redacting", default="")
 _QUERIES, _ALL = "?", "/?"
+_QUERY = re.compile(r"""(https?://[^\s?"'<>]*)\?[^\s"'<>]*""", re.IGNORECASE)
 
 
 def host_of(url: str) -> str:
@@ -23,16 +25,25 @@ def host_of(url: str) -> str:
         return "an unreadable URL"
 
 
+def without_queries(text: str) -> str:
+    """Hide the queries of all URLs in a text, since they may hold a signature."""
+    return _QUERY.sub(r"\1?<hidden>", text)
+
+
+def _shown(value: object, marks: str) -> object:
+    if isinstance(value, BaseException):
+        # Its text quotes what the server sent, and that may be an address.
+        return type(value).__name__
+    return "<hidden>" if isinstance(value, str) and any(mark in value for mark in marks) else value
+
+
 class _HidePaths(logging.Filter):
     """Replace request targets in urllib3's debug lines by the word ``<hidden>``."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         marks = _active.get()
         if marks and isinstance(record.args, tuple):
-            record.args = tuple(
-                "<hidden>" if isinstance(value, str) and any(mark in value for mark in marks) else value
-                for value in record.args
-            )
+            record.args = tuple(_shown(value, marks) for value in record.args)
             if record.exc_info:
                 record.exc_info = None
         return True

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
 from branchkey_integrations.journal import Journal, NotedRound
-from branchkey_integrations.outcome import LeafClient, PendingRound
+from branchkey_integrations.outcome import LeafClient, Note, PendingRound
+
+logger = logging.getLogger("branchkey_integrations.rounds")
 
 
 class RoundNotes:
@@ -37,7 +40,15 @@ class RoundNotes:
                 journal.adopt(_noted(pending), pending.round)
         self._listen(journal)
         noted = None if pending is None else journal.get(pending.round)
-        return pending if pending is None or noted is None else taken_up(noted, pending.round)
+        if pending is None or noted is None:
+            return pending
+        if noted.closed == "rejected":
+            # It was refused once and would be refused again; going on with local weights is what the refusal says.
+            logger.warning(
+                "round %d: its aggregate %s was refused before the restart", noted.round, noted.aggregation_id
+            )
+            return None
+        return taken_up(noted, pending.round)
 
     def already_sent(self, number: int, layout: str) -> PendingRound | None:
         """Give round ``number`` if it was sent before this process was started; None if it is still to be sent.
@@ -59,11 +70,11 @@ class RoundNotes:
         noted = journal.get(number)
         return None if noted is None else taken_up(noted, number)
 
-    def of_upload(self, number: int, layout: str) -> dict[str, Any]:
-        """Give what the client must be told so that an upload is noted."""
+    def of_upload(self, number: int, layout: str) -> Note | None:
+        """Give what a client calls so that an upload is noted."""
         journal = self._journal
         if journal is None:
-            return {}
+            return None
 
         def note(step: str, digest: str, size_bytes: int) -> None:
             if step == "posted":
@@ -71,7 +82,7 @@ class RoundNotes:
             else:
                 journal.sending(number, layout, digest, size_bytes)
 
-        return {"note": note}
+        return note
 
     def sent(self, number: int, upload_id: str) -> None:
         """The platform took the update."""

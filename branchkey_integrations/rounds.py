@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
+import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from branchkey_integrations.archive import Archive
 from branchkey_integrations.errors import (
     AggregateRejectedError,
     ArchiveError,
@@ -19,22 +19,27 @@ from branchkey_integrations.errors import (
     ClientClosedError,
     ConfigurationError,
     LayoutError,
+    MixedModelError,
     RoundTimeoutError,
     RunBlockedError,
     UploadUncertainError,
 )
 from branchkey_integrations.gate import squared_norm
+from branchkey_integrations.loading import fetch, rejected
 from branchkey_integrations.options import RoundOptions, finite_metrics
 from branchkey_integrations.outcome import LeafClient, PendingRound, RoundOutcome
-from branchkey_integrations.parameters import Layout, ParameterStore
+from branchkey_integrations.parameters import Layout, ParameterStore, view_of
 from branchkey_integrations.round_notes import RoundNotes
 from branchkey_integrations.run_state import STOPPED
+from branchkey_integrations.spool import Spool
+from branchkey_integrations.uploading import Update, Uploader
 
 logger = logging.getLogger("branchkey_integrations.rounds")
 
 _STATE_VERSION = 1
 _SENT_BEFORE = "sent before the restart; not sent again"
 _MAYBE_BEFORE = "may have been received before the restart; not sent again, so that it cannot be counted twice"
+_WAITS = "it waits on the disk until the platform can be reached; local weights are kept"
 _FRESH = "Resume with the checkpoint of this leaf, or start without its federation state"
 
 
@@ -48,12 +53,9 @@ class RoundEngine:
     Args:
         client: an open client.
         options: how rounds are made.
-        journal: folder of the journal where ``options.journal`` is None; None: there is none.
     """
 
-    def __init__(
-        self, client: LeafClient, options: RoundOptions | None = None, *, journal: str | None = None
-    ) -> None:
+    def __init__(self, client: LeafClient, options: RoundOptions | None = None) -> None:
         self.client = client
         self.options = options or RoundOptions()
         self.round = 0
@@ -63,11 +65,25 @@ class RoundEngine:
         self._layout: Layout | None = None
         self._fingerprint: str | None = None
         self._norm: float | None = None
-        chosen = journal if self.options.journal is None else self.options.journal
-        self._notes = RoundNotes(client, os.fspath(chosen) if chosen and chosen is not True else None)
+        # Names the updates of this training; it goes along through checkpoints, so that a repeat has the same name.
+        self._lineage = uuid.uuid4().hex
+        folder = self.options.journal
+        self._note_in(os.fspath(folder) if folder and folder is not True else None)
+
+    def note_in(self, folder: str) -> None:
+        """Keep the journal in ``folder``, unless the options say where, or that there shall be none, or rounds were made."""
+        if self.options.journal is None and self.round == 0:
+            self._note_in(folder)
+
+    def _note_in(self, folder: str | None) -> None:
+        self._notes = RoundNotes(self.client, folder)
+        limit = self.options.spool_bytes
+        spool = Spool(os.path.join(folder, "spool"), self.client.leaf_id, limit) if folder and limit else None
+        self._uploader = Uploader(self.client, self._notes, spool)
 
     def close(self) -> None:
-        """Let go of the journal; the client stays open. May be repeated."""
+        """End what is sent beside training, and let go of the journal; the client stays open. May be repeated."""
+        self._uploader.close()
         self._notes.close()
 
     @property
@@ -104,6 +120,11 @@ class RoundEngine:
         numbers = finite_metrics(metrics)
         self.options.require_samples(samples)
         self.round += 1
+        if self._uploader.sends and not self.options.wait:
+            return self._note(RoundOutcome("skipped", self.round, reason="the update before is still being sent"))
+        self._uploader.supersede()
+        update: Update | None = None
+        arrays: Sequence[Any] = ()
         try:
             weight = self.options.weight(samples, numbers)
             layout = self._same_layout(store)
@@ -113,19 +134,27 @@ class RoundEngine:
                 return self._note(self._outcome("pending", reason=_SENT_BEFORE if before.certain else _MAYBE_BEFORE))
             if self.client.run_status == STOPPED and not getattr(self.client, "wait_for_run", False):
                 return self._note(RoundOutcome("stopped", self.round, reason="the run is stopped"))
-            arrays = store.read()
-            if self._norm is None:
+            # Not copied where nothing changes the model before this returns.
+            arrays = view_of(store) if self.options.wait else store.read()
+            if self._norm is None and self.options.gate.max_norm_ratio is not None:
                 self._norm = float(np.sqrt(sum(squared_norm(array) for array in arrays)))
-            # Taken before the upload: the aggregate may be announced before the upload is answered.
-            self._pending = PendingRound(self.round, self.client.mark(), None, "", 0)
-            upload_id = self.client.upload(
-                arrays,
+            # The mark is taken before the upload: the aggregate may be announced before the upload is answered.
+            update = Update(
+                self.round,
+                self.client.mark(),
+                layout.fingerprint,
                 weight,
-                metadata={"custom": {"round": self.round, "layout": layout.fingerprint}},
-                **self._notes.of_upload(self.round, layout.fingerprint),
+                numbers if self.options.report_metrics else {},
+                self.last_applied,
+                f"{self._lineage}-{self.round}",
             )
+            self._pending = update.pending
+            if self.options.wait:
+                self._pending = self._uploader.send(update, arrays)
+            else:
+                self._uploader.start(update, arrays)
         except RunBlockedError as error:
-            self._not_sent()
+            self._pending = None
             status = "stopped" if error.run_status == STOPPED else "skipped"
             return self._note(RoundOutcome(status, self.round, reason=str(error)))
         except UploadUncertainError as error:
@@ -137,23 +166,18 @@ class RoundEngine:
                 self._pending = replace(self._pending, digest=error.digest)
             return self._note(RoundOutcome("pending", self.round, reason=str(error)))
         except BranchKeyError as error:
-            self._not_sent()
-            return self._give_up("skipped", error)
-        self._notes.sent(self.round, upload_id)
-        receipt = self.client.last_upload
-        self._pending = replace(
-            self._pending,
-            upload_id=upload_id,
-            digest=receipt.digest if receipt else "",
-            uploaded_bytes=receipt.size_bytes if receipt else 0,
-        )
-        if numbers and self.options.report_metrics:
-            self._report(numbers)
+            self._pending = None
+            return self._keep_for_later(update, arrays, error) or self._give_up("skipped", error)
         return self._note(self._outcome("pending"))
 
-    def _not_sent(self) -> None:
-        self._pending = None
-        self._notes.not_sent(self.round)
+    def _keep_for_later(
+        self, update: Update | None, arrays: Sequence[Any], error: BranchKeyError
+    ) -> RoundOutcome | None:
+        """Let an update that could not be sent wait on the disk, where the policy and the journal's folder allow it."""
+        if update is None or self.options.on_error == "raise" or not self._uploader.keep(update, arrays, error):
+            return None
+        self._pending = replace(update.pending, waits=True)
+        return self._note(self._outcome("skipped", reason=f"{error} ({_WAITS})"))
 
     def _same_layout(self, store: ParameterStore) -> Layout:
         layout = store.layout()
@@ -168,16 +192,6 @@ class RoundEngine:
             )
         self._layout, self._fingerprint = layout, layout.fingerprint
         return layout
-
-    def _report(self, numbers: Mapping[str, float]) -> None:
-        """Send metrics; a platform that does not take them is no reason to lose a round."""
-        about, mode = (self.last_applied, "train") if self.last_applied else ("", "non-federated")
-        try:
-            self.client.send_performance_metrics(about, numbers, mode)
-        except ClientClosedError:
-            raise
-        except BranchKeyError as error:
-            logger.warning("round %d: metrics were not taken: %s", self.round, error)
 
     # --- the second half ---------------------------------------------------------------------------------------------
 
@@ -200,6 +214,11 @@ class RoundEngine:
             return self._note(RoundOutcome("skipped", self.round, reason="nothing was sent in this round"))
         started = time.monotonic()
         try:
+            self._take_sent()
+            if self._pending is not None and self._pending.waits:
+                return self._note(self._outcome("skipped", reason=_WAITS))
+            # Layers that changed places since the upload may all fit, and would take each other's values.
+            self._same_layout(store)
             identifier = self._await_id(waiting)
         except RoundTimeoutError as error:
             waited = time.monotonic() - started
@@ -216,17 +235,22 @@ class RoundEngine:
             # Kept until it is dealt with: a broken download can be tried again with another collect().
             self._pending = replace(self._pending, aggregation_id=identifier)
         try:
-            with self.client.open_aggregation(identifier) as archive:
-                downloaded = archive.size_bytes
-                self._load(store, identifier, archive)
+            downloaded, self._norm = fetch(self.client, store, identifier, self.options.gate, self._norm)
         except AggregateRejectedError as error:
             return self._give_up("rejected", error, waited_s=waited, aggregation_id=identifier)
         except ArchiveError as error:
-            return self._give_up("rejected", _rejected(identifier, error), waited_s=waited, aggregation_id=identifier)
+            return self._give_up("rejected", rejected(identifier, error), waited_s=waited, aggregation_id=identifier)
         except BranchKeyError as error:
             return self._give_up("skipped", error, waited_s=waited, aggregation_id=identifier, keep_pending=True)
         self.last_applied = identifier
         return self._finish("applied", waited_s=waited, aggregation_id=identifier, downloaded_bytes=downloaded)
+
+    def _take_sent(self) -> None:
+        """Take in what was sent beside training."""
+        sent = self._uploader.take()
+        if sent is not None:
+            known = None if self._pending is None else self._pending.aggregation_id
+            self._pending = replace(sent, aggregation_id=known)
 
     def _await_id(self, waiting: bool) -> str:
         pending = self._pending
@@ -244,34 +268,14 @@ class RoundEngine:
             self.options.timeout_s, newer_than=pending.mark, give_up=lambda: self.client.run_status == STOPPED
         )
 
-    def _load(self, store: ParameterStore, identifier: str, archive: Archive) -> None:
-        """Gate and load; on any error the parameters are as they were."""
-        gate = self.options.gate
-        norm = gate.check(identifier, archive, store.layout(), self._norm)
-        before = gate.score()
-        kept = store.read() if before is not None else None
-        try:
-            store.write(archive)
-        except LayoutError as error:
-            raise _rejected(identifier, error) from error
-        if kept is not None:
-            try:
-                gate.check_score(identifier, before, gate.score())
-            except BaseException:
-                # Also when the user's own metric raises: a model that could not be judged is not kept.
-                store.write(kept)
-                raise
-        self._norm = norm
-
     # --- outcomes ----------------------------------------------------------------------------------------------------
 
     def _outcome(self, status: str, **values: Any) -> RoundOutcome:
         pending = self._pending
         if pending is None:
             return RoundOutcome(status, self.round, **values)
-        return RoundOutcome(
-            status, pending.round, upload_id=pending.upload_id, uploaded_bytes=pending.uploaded_bytes, **values
-        )
+        sent: dict[str, Any] = {"upload_id": pending.upload_id, "uploaded_bytes": pending.uploaded_bytes}
+        return RoundOutcome(status, pending.round, **sent, compression=pending.compression, **values)
 
     def _note(self, outcome: RoundOutcome) -> RoundOutcome:
         self.history.append(outcome)
@@ -293,10 +297,11 @@ class RoundEngine:
         self, status: str, error: BranchKeyError, *, keep_pending: bool = False, **values: Any
     ) -> RoundOutcome:
         """Follow ``on_error``: raise, or turn the error into an outcome and go on with local weights."""
-        outcome = self._outcome(status, reason=f"{error} (local weights are kept)", **values)
+        mixed = isinstance(error, MixedModelError)
+        outcome = self._outcome(status, reason=f"{error}{'' if mixed else ' (local weights are kept)'}", **values)
         if not keep_pending:
             self._close_round(status, outcome.aggregation_id)
-        if self.options.on_error == "raise" or isinstance(error, (ConfigurationError, ClientClosedError)):
+        if self.options.on_error == "raise" or mixed or isinstance(error, (ConfigurationError, ClientClosedError)):
             self.history.append(outcome)
             raise error
         return self._note(outcome)
@@ -313,7 +318,9 @@ class RoundEngine:
             "round": self.round,
             "last_applied": self.last_applied,
             "layout": self._fingerprint,
+            "layers": None if self._layout is None else self._layout.to_plain(),
             "norm": self._norm,
+            "lineage": self._lineage,
             "pending": None
             if pending is None
             else {
@@ -322,6 +329,7 @@ class RoundEngine:
                 "digest": pending.digest,
                 "uploaded_bytes": pending.uploaded_bytes,
                 "aggregation_id": pending.aggregation_id,
+                "waits": pending.waits,
             },
         }
 
@@ -348,19 +356,17 @@ class RoundEngine:
             # Marks do not outlive a process: whatever the new client heard since it connected counts as newer.
             resumed = None if pending is None else PendingRound(mark=-1, **pending)
             self.round, self.last_applied = int(state["round"]), state["last_applied"]
-            self._fingerprint, self._layout, self._norm = state["layout"], None, state["norm"]
-        except (KeyError, TypeError, ValueError) as error:
+            self._fingerprint, self._norm = state["layout"], state["norm"]
+            self._lineage = str(state.get("lineage") or self._lineage)
+            layers = state.get("layers")
+            self._layout = None if layers is None else Layout.from_plain(layers)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigurationError(
                 what="state", expected="what state_dict() gave", found=f"a broken one ({error})", fix=_FRESH
             ) from error
         self._pending = self._notes.resume(resumed)
+        if self._pending is not None and self._pending.waits:
+            self._pending = self._pending if self._uploader.resume(self.round, self._fingerprint) else None
         queue = getattr(self.client, "queue", None)
         if queue is not None and self.last_applied:
             queue.forget_before(self.last_applied)
-
-
-def _rejected(identifier: str, error: BranchKeyError) -> AggregateRejectedError:
-    what = error.what if identifier in error.what else f"aggregate {identifier}, {error.what}"
-    return AggregateRejectedError(
-        what=what, expected=error.expected, found=error.found, fix=error.fix, aggregation_id=identifier
-    )

@@ -6,6 +6,7 @@ server can have done with it, not by its status alone: see :class:`Repeat`.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import logging
 import re
@@ -34,7 +35,7 @@ from branchkey_integrations.errors import (
     TLSError,
     TransportError,
 )
-from branchkey_integrations.http_session import Adapter, Bearer, NoAuth, Session, as_it_comes
+from branchkey_integrations.http_session import Adapter, Bearer, NoAuth, Session, as_it_comes, can_be_fetched
 from branchkey_integrations.redaction import hidden_targets, host_of
 
 logger = logging.getLogger("branchkey_integrations.transport")
@@ -172,7 +173,7 @@ class Transport:
             DownloadError: the status was not 200 (``status`` tells), or the length is wrong.
             TransportError: the object's host could not be reached or stalled.
         """
-        if not url.startswith(("http://", "https://")):
+        if not can_be_fetched(url):
             raise DownloadError(
                 what=action,
                 expected="an absolute download URL",
@@ -217,12 +218,12 @@ class Transport:
                 if status == success:
                     result = http_errors.json_object(content)
                     if result is None:
-                        raise http_errors.not_json(action, answer, content, host)
+                        raise http_errors.not_json(action, answer, content, host, self._secret)
                     return result, None, True
                 failure = http_errors.from_answer(action, answer, content, host, self._secret)
                 if status not in _TRANSIENT:
                     raise failure
-                retry_after_s = http_errors.retry_after_s(answer.headers.get("Retry-After"))
+                retry_after_s = http_errors.retry_after_s(answer.headers.get("Retry-After"), answer.headers.get("Date"))
                 return failure, retry_after_s, status not in _NOT_TAKEN
         except (requests.RequestException, HTTPError) as error:
             mapped, connected = http_errors.from_request(action, error, host, self.timeout_s, self.proxies)
@@ -262,8 +263,9 @@ class Transport:
         too_large = DownloadError(what=action, expected=f"at most {max_bytes} bytes", found="more", status=413)
         if max_bytes is not None and expected is not None and expected > max_bytes:
             raise too_large
-        target.seek(0)
-        target.truncate()
+        with _on_disk(action):
+            target.seek(0)
+            target.truncate()
         received = 0
         # Not decoded: an archive is compressed already, and a decoded body would not have the declared length.
         for piece in answer.raw.stream(_CHUNK_BYTES, decode_content=False):
@@ -272,8 +274,10 @@ class Transport:
             received += len(piece)
             if max_bytes is not None and received > max_bytes:
                 raise too_large
-            target.write(piece)
-        target.flush()
+            with _on_disk(action):
+                target.write(piece)
+        with _on_disk(action):
+            target.flush()
         return received
 
     def _send(
@@ -342,6 +346,20 @@ class Transport:
             if now - self._last_used > _FRESH_S:
                 self._adapter.forget()
             self._last_used = now
+
+
+@contextlib.contextmanager
+def _on_disk(action: str) -> Iterator[None]:
+    """Tell the faults of our own disk from those of the network."""
+    try:
+        yield
+    except OSError as error:
+        raise DownloadError(
+            what=action,
+            expected="room to store it",
+            found=error.strerror or type(error).__name__,
+            fix="Free some space; temporary files go where TMPDIR says",
+        ) from error
 
 
 def _warned_already(url: str) -> None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run the tests, after installing what is missing. Arguments go to pytest.
+# Run the tests in two processes, file by file, after installing what is missing. Arguments go to pytest.
 # Without a RabbitMQ, and without the right to install one, its tests are left out; the summary names them, and with CI
 # set the run counts as failed.
 set -euo pipefail
@@ -16,4 +16,4 @@ if ! [ -x "${RABBITMQ_SCRIPTS:-/usr/lib/rabbitmq/bin}/rabbitmq-server" ]; then
         *) exit "$status" ;;
     esac
 fi
-exec .venv/bin/python -m pytest "${options[@]}" "$@"
+exec .venv/bin/python -m pytest -n 2 --dist loadfile "${options[@]}" "$@"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import socket
 import urllib.error
@@ -11,6 +12,7 @@ import pytest
 
 from branchkey_integrations import Client
 from branchkey_integrations.cli import main
+from branchkey_integrations.sandbox.chaos import KINDS
 from tests.support.commands import running
 
 
@@ -56,3 +58,29 @@ def test_a_sandbox_with_a_broker_prints_where_it_is_but_not_its_password_and_tak
         command.process.send_signal(signal.SIGINT)
         assert command.finish(40) == 0
         assert command.left_running() == []
+
+
+def test_faults_on_purpose_are_announced_and_counted_at_the_end(tmp_path):
+    words = ["sandbox", "--chaos", "1", "--chaos-seed", 4, "--directory", tmp_path / "branch"]
+    with running(words, tmp_path) as command:
+        command.wait_for("running")
+        assert "chaos        level 1, seed 4" in command.out
+        url = command.wait_for("url").split()[1]
+        for _ in range(20):
+            with contextlib.suppress(OSError):
+                urllib.request.urlopen(f"{url}/api/v1/run/nobody", timeout=5)
+        command.process.send_signal(signal.SIGINT)
+        assert command.finish(20) == 0
+        lines = command.out[command.out.index("faults met") + 1 : -1]
+        assert [line.split()[0] for line in lines] == list(KINDS)
+        refused = next(line.split() for line in lines if "refused" in line)
+        assert 3 < int(refused[1]) < 17
+        assert refused[2:4] == ["of", "20"]
+
+
+@pytest.mark.parametrize("level", ["1.5", "-0.1", "nan", "often"])
+def test_a_level_of_faults_that_is_none_is_a_wrong_call(level, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["sandbox", "--chaos", level])
+    assert caught.value.code == 2
+    assert f"expected a number from 0 to 1, found '{level}'" in capsys.readouterr().err

@@ -293,9 +293,9 @@ def test_the_number_of_a_new_run_is_asked_for(sandbox: Sandbox, client: Client) 
 
 
 def test_the_newest_aggregate_wins(sandbox: Sandbox, client: Client) -> None:
-    for _ in range(5):
+    for count in range(1, 6):
         newest = sandbox.publish(LAYERS)
-    eventually(lambda: client.mark() == 5)
+        eventually(lambda wanted=count: client.mark() == wanted)
     assert client.wait_for_aggregation(1) == newest
     with pytest.raises(queue.Empty):
         client.queue.get_nowait()

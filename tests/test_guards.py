@@ -100,6 +100,25 @@ def test_logs_a_credential_made_without_the_helper():
     Credentials("a", "b", "token-of-somebody", "d", "e")
     logging.getLogger("elsewhere").error("token-of-somebody")
 
+def test_logs_a_signed_link_that_nobody_registered():
+    logging.getLogger("urllib3").warning("GET /objects/a1?expires=1&signature=0123456789abcdef HTTP/1.1")
+
+def test_puts_a_token_into_an_error_and_catches_it():
+    from branchkey_integrations.errors import ApiError
+    try:
+        raise ApiError(what="upload", found=f"401: {make_credentials().session_token}!", status=401)
+    except ApiError:
+        assert True
+
+def test_puts_a_presigned_link_into_an_error_later():
+    from branchkey_integrations.errors import DownloadError
+    error = DownloadError(what="download")
+    error.found = "http://store/o?X-Amz-Expires=9&X-Amz-Signature=0123456789abcdef"
+
+def test_has_errors_without_secrets():
+    from branchkey_integrations.errors import ApiError
+    ApiError(what="upload", found="http://store/o?<hidden> and ?ticket=<hidden>", fix=make_credentials().id)
+
 def test_logs_no_secret(caplog):
     log = logging.getLogger("branchkey_integrations.client")
     log.debug("unseen by caplog: nobody asked for debug")
@@ -115,6 +134,7 @@ _INNOCENT = {
     "test_closes_its_sockets",
     "test_gets_no_answer_for_an_invalid_name",
     "test_logs_no_secret",
+    "test_has_errors_without_secrets",
 }
 _EXPECTED = {
     "test_leaks_a_thread": "thread 'forgotten' (runs threading) is still alive",
@@ -132,6 +152,9 @@ _EXPECTED = {
     "test_logs_a_token_in_a_traceback": "a secret was logged by elsewhere at ERROR",
     "test_logs_a_registered_ticket": "a secret was logged by websockets at WARNING",
     "test_logs_a_credential_made_without_the_helper": "a secret was logged by elsewhere at ERROR",
+    "test_logs_a_signed_link_that_nobody_registered": "a secret was logged by urllib3 at WARNING",
+    "test_puts_a_token_into_an_error_and_catches_it": "a secret stands in ApiError.found",
+    "test_puts_a_presigned_link_into_an_error_later": "a secret stands in DownloadError.found",
 }
 _CONFTEST = 'pytest_plugins = ["tests.support.guards"]'
 

@@ -30,6 +30,7 @@ from branchkey_integrations.errors import (
     TransportError,
     UnreachableError,
 )
+from branchkey_integrations.http_session import BadRedirectError
 
 LINK = "http://store/bucket?signature=abcdefabcdef"
 
@@ -65,7 +66,8 @@ CASES: list[tuple[Any, type[BranchKeyError], bool, str]] = [
     (requests.exceptions.SSLError(_untrusted()), TLSError, False, "self-signed certificate"),
     (requests.exceptions.ProxyError(_refused()), UnreachableError, False, "the proxy (proxy.example:3128)"),
     (requests.exceptions.InvalidURL(LINK), ConfigurationError, False, "InvalidURL"),
-    (requests.exceptions.TooManyRedirects(LINK), ConfigurationError, False, "TooManyRedirects"),
+    (requests.exceptions.TooManyRedirects(LINK), TransportError, True, "redirects without end"),
+    (BadRedirectError(LINK), TransportError, True, "a redirect to no address"),
 ]
 
 

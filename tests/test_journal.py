@@ -45,8 +45,8 @@ def test_what_was_noted_is_known_to_the_next_process(tmp_path: Path) -> None:
     again = opened(tmp_path)
     assert again.is_current
     assert again.rounds == [
-        NotedRound(1, "yes", "file-1", "sha256=x", 10, "abc", "a-1", closed=True),
-        NotedRound(2, "yes", "file-2", "sha256=x", 10, "abc", "a-2", closed=False),
+        NotedRound(1, "yes", "file-1", "sha256=x", 10, "abc", "a-1", closed="applied"),
+        NotedRound(2, "yes", "file-2", "sha256=x", 10, "abc", "a-2"),
     ]
     assert again.heard == ["a-1", "a-2"]
     assert again.unread is None
@@ -54,8 +54,13 @@ def test_what_was_noted_is_known_to_the_next_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("steps", "known"),
-    [(["sending"], None), (["sending", "posted"], "maybe"), (["sending", "posted", "sent"], "yes")]
-    + [(["sending", "posted", "not_sent"], None), (["sending", "posted", "sending"], None)],
+    [
+        (["sending"], None),
+        (["sending", "posted"], "maybe"),
+        (["sending", "posted", "sent"], "yes"),
+        (["sending", "posted", "not_sent"], None),
+        (["sending", "posted", "sending"], None),
+    ],
 )
 def test_only_an_archive_that_went_out_whole_counts_as_sent(tmp_path: Path, steps: list[str], known: str) -> None:
     journal = begun(tmp_path)
@@ -94,7 +99,7 @@ def test_a_line_that_a_crash_cut_short_is_dropped_and_the_next_one_is_whole(tmp_
     again.close()
     third = opened(tmp_path).get(1)
     assert third is not None
-    assert third.closed
+    assert third.closed == "applied"
     assert third.aggregation_id == "a"
 
 
@@ -157,14 +162,25 @@ def test_an_aggregate_that_came_when_no_round_was_open_stays_unread_until_a_roun
 
 def test_one_process_at_a_time_holds_it(tmp_path: Path) -> None:
     journal = begun(tmp_path)
-    with pytest.raises(ConfigurationError, match="one process at a time"):
-        opened(tmp_path)
     program = f"from branchkey_integrations.journal import Journal; Journal({str(tmp_path)!r}, 'leaf', 'branch', 1)"
     child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert child.returncode == 1
     assert "one process at a time" in child.stderr
     journal.close()
     opened(tmp_path).close()
+
+
+def test_within_a_process_the_newest_takes_it_over(tmp_path: Path) -> None:
+    old = begun(tmp_path)
+    sent(old, 1)
+    new = opened(tmp_path)
+    assert [noted.round for noted in new.rounds] == [1]
+    with pytest.raises(ConfigurationError, match="took it over"):
+        old.sending(2, "abc", "sha256=x", 10)
+    sent(new, 2)
+    old.close()
+    new.close()
+    assert [noted.round for noted in opened(tmp_path).rounds] == [1, 2]
 
 
 def test_an_engine_that_was_dropped_lets_go_of_it(tmp_path: Path) -> None:
@@ -216,7 +232,9 @@ def test_a_full_disk_forbids_the_upload_but_not_what_has_happened(
 
 def test_many_threads_write_whole_lines(tmp_path: Path) -> None:
     journal = begun(tmp_path)
-    threads = [threading.Thread(target=lambda k=k: [journal.announced(f"{k}-{i}") for i in range(20)]) for k in range(4)]  # type: ignore[misc]
+    threads = [
+        threading.Thread(target=lambda k=k: [journal.announced(f"{k}-{i}") for i in range(20)]) for k in range(4)
+    ]  # type: ignore[misc]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -259,3 +259,16 @@ def test_the_state_survives_json() -> None:
 def test_a_broken_state_is_refused(broken) -> None:
     with pytest.raises(SandboxError, match="state of the sandbox"):
         branch_of(1).load_plain(broken)
+
+
+def test_an_update_of_the_same_name_is_a_repeat_whatever_its_bytes_are() -> None:
+    branch = branch_of(2)
+
+    def sent(digest: str, name: str) -> Receipt:
+        return branch.submit(Update(f"file-{digest}", "leaf-0", digest, 1.0, LAYERS, name))
+
+    assert sent("a", "round-1") == Receipt("file-a")
+    assert sent("b", "round-1") == Receipt("file-a", repeated=True)
+    assert sent("c", "round-2") == Receipt("file-c")
+    assert sent("d", "") == Receipt("file-d")
+    assert sent("e", "") == Receipt("file-e")

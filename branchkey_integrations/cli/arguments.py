@@ -91,6 +91,16 @@ def _add_sandbox(commands: Any, common: argparse.ArgumentParser) -> None:
         "--directory", metavar="D", help="keep state and credentials here (default: a temporary folder)"
     )
     sandbox.add_argument("--port", type=_whole(0, _LARGEST_PORT), default=0, metavar="P", help="default: any free one")
+    sandbox.add_argument(
+        "--chaos",
+        type=_level,
+        metavar="P",
+        help="inject faults of all kinds, P from 0 to 1: 0.05 is a poor network, 0.2 a hostile one; a table at the end says "
+        "how many of each",
+    )
+    sandbox.add_argument(
+        "--chaos-seed", type=_whole(0), default=0, metavar="N", help="the same faults each time (default: %(default)s)"
+    )
     sandbox.set_defaults(run=_run_sandbox)
 
 
@@ -165,6 +175,16 @@ def _whole(least: int, most: int | None = None) -> Callable[[str], int]:
         return number
 
     return convert
+
+
+def _level(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, found {text!r}")
+    return number
 
 
 def _seconds(text: str) -> float:

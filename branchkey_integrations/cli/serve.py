@@ -18,7 +18,7 @@ def run_sandbox(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
     Raises:
         MissingDependencyError, SandboxError: it cannot start.
     """
-    from branchkey_integrations.sandbox import Sandbox
+    from branchkey_integrations.sandbox import Chaos, Sandbox
 
     print("starting the sandbox" + (" and its broker" if arguments.rabbitmq else "") + " ...", flush=True)
     sandbox = Sandbox(
@@ -27,6 +27,7 @@ def run_sandbox(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
         rabbitmq=arguments.rabbitmq,
         directory=arguments.directory,
         port=arguments.port,
+        chaos=None if arguments.chaos is None else Chaos.mix(arguments.chaos, arguments.chaos_seed),
     )
     served = False
     try:
@@ -39,6 +40,8 @@ def run_sandbox(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
         print(f"quorum       {sandbox.quorum} of {len(sandbox.credentials)} leaves")
         for index in range(len(sandbox.credentials)):
             print(f"credentials  {os.path.join(sandbox.directory, f'leaf-{index}.json')}")
+        if arguments.chaos is not None:
+            print(f"chaos        level {arguments.chaos:g}, seed {arguments.chaos_seed}")
         print("running; Ctrl-C ends it", flush=True)
         ended = threading.Event()
         while not ended.wait(_SLICE_S):
@@ -49,5 +52,9 @@ def run_sandbox(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
     finally:
         with interrupts.ignored():
             sandbox.close()
+    if arguments.chaos is not None:
+        print("faults met")
+        for line in sandbox.chaos_table:
+            print(f"  {line}")
     print("ended", flush=True)
     return 0

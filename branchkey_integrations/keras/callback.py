@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+import logging
+import os
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
 
 from branchkey_integrations.errors import ConfigurationError
+from branchkey_integrations.keras.company import company_of, hazards, is_fit_of
+from branchkey_integrations.keras.display import RoundDisplay
+from branchkey_integrations.keras.distribution import check_distribution, warn_of_cluster
 from branchkey_integrations.keras.optimizer import moments, reset_moments
 from branchkey_integrations.keras.parameters import KerasParameters, check_model
+from branchkey_integrations.keras.resume import EpochStates, folder_beside_backup
 from branchkey_integrations.keras.samples import check_countable, counted
 from branchkey_integrations.options import RoundOptions
 from branchkey_integrations.outcome import LeafClient, RoundOutcome
+from branchkey_integrations.parameters import Layout
 from branchkey_integrations.rounds import RoundEngine
+
+_log = logging.getLogger("branchkey_integrations.keras")
 
 
 class BranchKeyCallback(keras.callbacks.Callback):  # type: ignore[misc]  # keras ships no types
@@ -21,21 +31,28 @@ class BranchKeyCallback(keras.callbacks.Callback):  # type: ignore[misc]  # kera
 
     The update leaves in ``on_epoch_end``, after validation, with the metrics of exactly those weights; the aggregate is
     loaded at the start of the next epoch, and in ``on_train_end`` for the last round, after ``use_ema`` has put its
-    averages into the model. So ``ModelCheckpoint`` files the weights that had the score. Put callbacks that change the
-    weights in ``on_train_end`` (``EarlyStopping(restore_best_weights=True)``) before this one. A stopped run sets
-    ``model.stop_training``; noticed at the start of an epoch, one more batch is trained and not sent.
+    averages into the model. So ``ModelCheckpoint`` files the weights that had the score, before or after this one. Put
+    callbacks that change the weights themselves (``EarlyStopping(restore_best_weights=True)``, ``SwapEMAWeights``) before
+    this one; a warning at the start of ``fit`` names those that stand wrong. A stopped run sets ``model.stop_training``;
+    noticed at the start of an epoch, one more batch is trained and not sent.
 
-    After an error inside ``fit`` Keras calls nobody: close the client yourself (``with Client(...) as client``).
+    Rounds show in the progress bar's line, in ``History`` and beside a ``TensorBoard`` callback: see
+    :class:`~branchkey_integrations.keras.display.RoundDisplay`.
+
+    After an error inside ``fit`` Keras calls nobody: close the client yourself (``with Client(...) as client``). A copy
+    shares the client and starts at round 0; pickling is refused, because a connection cannot be sent.
 
     Args:
         client: an open client; it stays open.
-        options: those of :class:`~branchkey_integrations.options.RoundOptions`; ``progress`` does nothing here.
+        options: those of :class:`~branchkey_integrations.options.RoundOptions`; ``progress=False`` keeps rounds
+            out of progress bar and TensorBoard, not out of ``History``.
 
     Raises:
         ConfigurationError: an option does not exist or cannot work; when ``fit`` starts, a model whose samples nobody
-            counts with ``weighting="samples"``, or an optimizer whose moments are not known with
-            ``optimizer_state="reset"``.
-        LayoutError: when ``fit`` starts, a model with nothing to train.
+            counts with ``weighting="samples"``, an optimizer whose moments are not known with
+            ``optimizer_state="reset"``, or a job of several processes (devices of one process are served:
+            ``MirroredStrategy``, ``keras.distribution``).
+        LayoutError: when ``fit`` starts, a model with nothing to train, or with other weights than in rounds before.
     """
 
     def __init__(self, client: LeafClient, **options: Any) -> None:
@@ -47,11 +64,53 @@ class BranchKeyCallback(keras.callbacks.Callback):  # type: ignore[misc]  # kera
                 found=type(client).__name__,
                 fix="Make it with branchkey_integrations.Client(credentials)",
             )
+        warn_of_cluster()
         self.options = RoundOptions.of(**options)
         self._engine = RoundEngine(client, self.options)
         self._samples = 0
         self._seen: int | None = 0  # None while an epoch's samples are still to be counted
         self._stopped = False
+        self._layout: Layout | None = None
+        self._display = RoundDisplay()
+        self._waited_s: float | None = None
+        self._shown = False
+        self._epochs: EpochStates | None = None
+        self._begun = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> BranchKeyCallback:
+        """Copy the options, not the run: the copy shares the open client, has no model, and starts at round 0."""
+        fresh = {
+            "options": self.options,  # frozen
+            "_engine": RoundEngine(self._engine.client, self.options),
+            "_display": RoundDisplay(),
+            "_layout": None,
+            "_epochs": None,
+            "_model": None,
+            "params": None,
+        }
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        for name, value in self.__dict__.items():
+            made.__dict__[name] = fresh[name] if name in fresh else copy.deepcopy(value, memo)
+        return made
+
+    def __copy__(self) -> BranchKeyCallback:
+        """Copy as :func:`copy.deepcopy` does: two callbacks cannot go on with one run."""
+        return copy.deepcopy(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Refuse to be pickled.
+
+        Raises:
+            ConfigurationError: always.
+        """
+        raise ConfigurationError(
+            what=type(self).__name__,
+            expected="to stay in its process: it holds an open connection",
+            found="an attempt to pickle it",
+            fix="Send credentials and options to the other process, and make Client and callback there. Within a "
+            "process, copy.deepcopy() works",
+        )
 
     @property
     def history(self) -> list[RoundOutcome]:
@@ -68,6 +127,11 @@ class BranchKeyCallback(keras.callbacks.Callback):  # type: ignore[misc]  # kera
         """Number of the last round, from 1; 0 before the first."""
         return self._engine.round
 
+    @property
+    def leaf_id(self) -> str:
+        """Id of the leaf whose client this is."""
+        return self._engine.client.leaf_id
+
     def set_model(self, model: Any) -> None:
         """Take the model; a tf_keras model is told here, before its ``fit`` fails on something obscure."""
         check_model(getattr(model, "module", model))
@@ -76,20 +140,31 @@ class BranchKeyCallback(keras.callbacks.Callback):  # type: ignore[misc]  # kera
     def on_train_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         """Refuse what cannot work before anything is trained or sent."""
         model = self.model
-        self._samples, self._seen, self._stopped = 0, 0, False
-        if model.weights:
+        self._samples, self._seen, self._stopped, self._begun = 0, 0, False, False
+        check_distribution(model)
+        self._look_around(model)
+        if model.weights or not model.trainable:
             # Without any it is a subclassed model, which Keras on TensorFlow builds with the first batch only; then the
             # first round checks it, before anything is sent.
-            self._store(model).layout()
+            layout = self._store(model).layout()
+            if self._layout is not None:
+                self._layout.require_same(layout)
         if self.options.weighting == "samples":
-            check_countable(model)
+            check_countable(model, inside_fit=is_fit_of(model))
         if self.options.optimizer_state == "reset":
             moments(model.optimizer)
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Load the aggregate of the epoch before."""
-        self._seen = None
+        self._seen, self._waited_s, self._shown = None, None, False
+        self._go_on_from(epoch)
         self._collect()
+
+    def on_train_batch_begin(self, batch: int, logs: Mapping[str, Any] | None = None) -> None:
+        """Show the round when an epoch's first batch begins. Must not ask for ``self.model``: on JAX that costs a sync."""
+        if not self._shown and not self._stopped:
+            self._shown = True
+            self._display.epoch_starts(self.round + 1, self._waited_s)
 
     def on_test_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         """Count what was trained on, because validation is about to reset the metrics."""
@@ -101,17 +176,30 @@ class BranchKeyCallback(keras.callbacks.Callback):  # type: ignore[misc]  # kera
         model = self.model
         metrics = dict(logs or {})
         if self._counts:
-            self._samples += counted(model, metrics.get("loss")) if self._seen is None else self._seen
+            if self._seen is None:
+                self._seen = counted(model, metrics.get("loss"))
+            self._samples += self._seen
             self._seen = 0
         if self._stopped or (epoch + 1) % self.options.every_n_epochs:
+            self._display.epoch_ends(epoch, None)
+            self._remember(epoch)
             return
         samples, self._samples = self._samples, 0
-        outcome = self._engine.submit(self._store(model), samples=samples if self._counts else None, metrics=metrics)
+        store = self._store(model)
+        outcome = self._noted(
+            lambda: self._engine.submit(store, samples=samples if self._counts else None, metrics=metrics),
+            lambda outcome: self._display.epoch_ends(epoch, outcome),
+        )
+        self._layout = self._layout or store.layout()
+        self._remember(epoch)
         self._heed(model, outcome)
 
     def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
         """Load the aggregate of the last round."""
+        self._go_on_from(None)
         self._collect()
+        self._engine.close()
+        self._display.fit_ends()
 
     @property
     def _counts(self) -> bool:
@@ -124,10 +212,61 @@ class BranchKeyCallback(keras.callbacks.Callback):  # type: ignore[misc]  # kera
         if not self._engine.pending and (self.options.wait or self._engine.round == 0):
             return
         model = self.model
-        outcome = self._engine.collect(self._store(model))
+        store = self._store(model)
+        outcome = self._noted(lambda: self._engine.collect(store), self._display.round_goes_on)
+        self._waited_s = outcome.waited_s
         if outcome.status == "applied" and self.options.optimizer_state == "reset":
             reset_moments(model.optimizer)
         self._heed(model, outcome)
+
+    def _go_on_from(self, epoch: int | None) -> None:
+        """Take up the rounds of a ``fit`` that was killed, once; ``epoch`` is None when no epoch was left to train."""
+        if self._begun:
+            return
+        self._begun = True
+        if self._epochs is None or self._engine.round:
+            return
+        if epoch == 0:
+            self._epochs.forget()
+            return
+        state = self._epochs.newest() if epoch is None else self._epochs.at(epoch)
+        if state is not None:
+            self._engine.load_state_dict(state["rounds"])
+            self._samples = state["samples"]
+
+    def _remember(self, epoch: int) -> None:
+        if self._epochs is not None:
+            self._epochs.put(epoch + 1, {"rounds": self._engine.state_dict(), "samples": self._samples})
+
+    def _look_around(self, model: keras.Model) -> None:
+        """Warn of callbacks in the wrong order, and find out where to show rounds."""
+        company = company_of(self)
+        federating = [other for other in company if isinstance(other, BranchKeyCallback)]
+        if any(other.leaf_id == self.leaf_id for other in federating if other is not self):
+            raise ConfigurationError(
+                what="callbacks",
+                expected="a leaf of its own for each BranchKeyCallback",
+                found=f"leaf {self.leaf_id} twice",
+                fix="Take one of the two out, or give it the credentials of another leaf",
+            )
+        folder = self.options.journal if self.options.journal is not None else folder_beside_backup(company)
+        if folder and folder is not True:
+            self._engine.note_in(os.fspath(folder))
+            self._epochs = EpochStates(os.fspath(folder), self.leaf_id)
+        for hazard in hazards(self, company, model.optimizer):
+            _log.warning("%s", hazard)
+        # Names that several share would mix their rounds, so the first alone is shown.
+        shown = company if federating[:1] in ([], [self]) else []
+        self._display = RoundDisplay(shown, progress=self.options.progress is not False)
+
+    def _noted(self, half: Callable[[], RoundOutcome], enter: Callable[[RoundOutcome], None]) -> RoundOutcome:
+        """Make half a round and enter its outcome where it is shown, also when it ends in an error."""
+        known = len(self._engine.history)
+        try:
+            return half()
+        finally:
+            for outcome in self._engine.history[known:]:
+                enter(outcome)
 
     def _heed(self, model: keras.Model, outcome: RoundOutcome) -> None:
         if outcome.status == "stopped":

@@ -31,7 +31,8 @@ class KerasParameters:
             your layers names), or ``f(path, variable) -> bool``.
         buffers: also floating-point weights that no layer ever trains (BatchNorm's moving statistics), after the
             trainable ones. Patterns and functions choose among them too. Frozen weights, seeds, metrics and the
-            optimizer's variables always stay at home.
+            optimizer's variables always stay at home. Under MirroredStrategy each replica has statistics of its own: the
+            first one's are read (as Keras saves them), all are written.
 
     Raises:
         ConfigurationError: ``model`` is no Keras 3 model; the selection is malformed.
@@ -132,7 +133,7 @@ def check_model(model: object) -> None:
 
 
 def _nothing(model: keras.Model) -> LayoutError:
-    if not model.built or not model.weights:
+    if model.trainable and not (model.built and model.weights):
         return LayoutError(
             what=f"model {model.name!r}",
             expected="a built model",
@@ -149,8 +150,16 @@ def _nothing(model: keras.Model) -> LayoutError:
 
 def _statistics(model: keras.Model) -> list[Any]:
     """Give the floating weights that were never meant to be trained; a frozen layer's kernel is none of them."""
-    # Freezing a layer leaves its own list as it was. That list is private, but nothing public tells the two apart.
-    frozen = {id(variable) for layer in model._flatten_layers() for variable in layer._trainable_variables}  # noqa: SLF001
+    frozen: set[int] = set()
+    for layer in model._flatten_layers():  # noqa: SLF001
+        # Freezing leaves a layer's own list as it was, and so does LoRA. That list is private, but nothing public tells
+        # what is frozen from what never was to be trained.
+        own = layer._trainable_variables  # noqa: SLF001
+        if getattr(layer, "quantization_mode", None):
+            # Then the kernel has left that list, and its scale belongs to this site's kernel alone. Layers that can be
+            # quantized have no statistics.
+            own = [*own, *layer._non_trainable_variables]  # noqa: SLF001
+        frozen.update(id(variable) for variable in own)
     return [
         variable
         for variable in model.non_trainable_weights

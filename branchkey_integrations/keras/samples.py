@@ -12,11 +12,16 @@ from branchkey_integrations.errors import ConfigurationError
 _FIX = "Pass weighting=<a number>, for example the number of samples of an epoch, or weighting=f(metrics)"
 
 
-def check_countable(model: keras.Model) -> None:
+def check_countable(model: keras.Model, *, inside_fit: bool = True) -> None:
     """Demand that Keras counts the samples of ``model``: its own train step weighs the loss by each batch's length.
 
     That count is made inside the (compiled) step, so it is right for every kind of data, for a partial last batch and
-    for ``steps_per_execution``.
+    for ``steps_per_execution``. A callback that evaluates in the middle of an epoch makes Keras forget the count so far,
+    and the loss so far with it.
+
+    Args:
+        model: a compiled model.
+        inside_fit: whether ``fit`` trains it; ``train_on_batch`` forgets the count with each batch.
 
     Raises:
         ConfigurationError: the count cannot be trusted; says what to do instead.
@@ -25,7 +30,9 @@ def check_countable(model: keras.Model) -> None:
     tracker: Any = getattr(model, "_loss_tracker", None)
     version = tuple(int(part) for part in keras.__version__.split(".")[:2])
     found = None
-    if not str(getattr(step, "__module__", "")).startswith("keras."):
+    if not inside_fit:
+        found = "a loop that is not fit()"
+    elif not str(getattr(step, "__module__", "")).startswith("keras."):
         found = f"{type(model).__name__} with a train_step of its own"
     elif version < (3, 3):
         found = f"Keras {keras.__version__}, which counts batches"

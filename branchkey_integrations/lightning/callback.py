@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import copy
 import logging
-import sys
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from branchkey_integrations.errors import ConfigurationError
-from branchkey_integrations.lightning.flavours import adopt, installed_bases
-from branchkey_integrations.lightning.samples import count_samples
-from branchkey_integrations.lightning.strategies import require_whole_model
+from branchkey_integrations.lightning.averages import tell_of_averages, trains
+from branchkey_integrations.lightning.checkpoints import Checkpoints
+from branchkey_integrations.lightning.evaluation import require_validation, validate
+from branchkey_integrations.lightning.flavours import adopt, callback_of_all_flavours, loaded_bases
+from branchkey_integrations.lightning.samples import count_in_each, count_samples
+from branchkey_integrations.lightning.scores import Scores
+from branchkey_integrations.lightning.shown import STATUS_CODES, Shown, tell_stopped
+from branchkey_integrations.lightning.strategies import (
+    federated_module,
+    own_samples,
+    parameters_at_rest,
+    require_served,
+)
 from branchkey_integrations.options import RoundOptions
 from branchkey_integrations.outcome import RoundOutcome
 from branchkey_integrations.torch import BranchKeyHook
@@ -21,12 +31,11 @@ if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback as _Flavours
 else:
     # A class of its own between the two, because only such a class can be given another base later.
-    _Flavours = type("_Flavours", installed_bases(), {"__module__": __name__})
+    _Flavours = callback_of_all_flavours(__name__)
+
+__all__ = ["STATUS_CODES", "BranchKeyCallback"]
 
 _log = logging.getLogger("branchkey_integrations.lightning")
-
-#: What ``branchkey/status`` is in a logger, which takes numbers only.
-STATUS_CODES = {"applied": 0, "pending": 1, "skipped": 2, "timeout": 3, "rejected": 4, "stopped": 5}
 
 
 class BranchKeyCallback(_Flavours):
@@ -38,27 +47,40 @@ class BranchKeyCallback(_Flavours):
     weights that had its score. Nothing happens in sanity checks, ``fast_dev_run``, tuner runs, ``validate``, ``test``
     and ``predict``.
 
-    Under DDP rank 0 alone talks to the platform and every rank ends with the same weights, outcome or error. Give a
-    function that makes the client then: it is called on rank 0 when training starts, and what it made is closed at the end.
+    Under DDP, FSDP and model parallelism rank 0 alone talks to the platform, and every rank ends with the same weights,
+    outcome or error. Give a function that makes the client then (one that pickles, for ``ddp_spawn``): it is called on
+    rank 0 when training starts, and what it made is closed at the end.
+
+    With ``ModelCheckpoint(monitor="val_loss")`` a file holds exactly the weights that had the score in its name: a save at a
+    moment at which the known score is of other weights is put off until the next validation.
+    ``evaluate_aggregate=True`` validates each aggregate as it is loaded. Its scores are ``branchkey/aggregate/<metric>`` in
+    ``trainer.callback_metrics`` and the loggers, the platform gets them as ``test``, and
+    ``ModelCheckpoint(monitor="branchkey/aggregate/val_loss")`` keeps the best aggregate, and nothing but aggregates.
+    Callbacks and loggers hear nothing of such a validation, and training goes on as if there had been none.
 
     Loggers get ``branchkey/round``, ``branchkey/wait_s``, ``branchkey/uploaded_mb`` and ``branchkey/status`` (a number,
-    see :data:`STATUS_CODES`) for each round. A stopped run stops the Trainer.
+    see :data:`STATUS_CODES`) for each round, and the progress bar ``bk_round``, ``bk`` (the verdict, or for how long the leaf
+    has been waiting), ``bk_mb`` and ``bk_wait``. A stopped run stops the Trainer, as soon as ``min_epochs`` and ``min_steps``
+    let it.
 
     Args:
         client: an open client, or a function without arguments that makes one.
         name: tells several callbacks in one Trainer apart; goes into checkpoints and the names that are logged.
+        evaluate_aggregate: validate each aggregate that is loaded.
         options: those of :class:`~branchkey_integrations.options.RoundOptions`.
 
     Raises:
-        ConfigurationError: an option does not exist or cannot work; in ``setup``, a strategy that shards the model.
+        ConfigurationError: an option does not exist or cannot work; in ``setup``, a strategy that cannot be served.
     """
 
     def __new__(cls, *_: Any, **__: Any) -> BranchKeyCallback:
         """Become a callback of the flavours that were imported after this module."""
-        adopt(_Flavours, installed_bases())
+        adopt(_Flavours, loaded_bases())
         return super().__new__(cls)
 
-    def __init__(self, client: ClientSource, *, name: str | None = None, **options: Any) -> None:
+    def __init__(
+        self, client: ClientSource, *, name: str | None = None, evaluate_aggregate: bool = False, **options: Any
+    ) -> None:
         super().__init__()
         if not callable(client) and not hasattr(client, "upload"):
             raise ConfigurationError(
@@ -67,17 +89,33 @@ class BranchKeyCallback(_Flavours):
                 found=type(client).__name__,
                 fix="Make it with branchkey_integrations.Client(credentials)",
             )
+        if not isinstance(evaluate_aggregate, bool):
+            raise ConfigurationError(
+                what="evaluate_aggregate",
+                expected="True or False",
+                found=repr(evaluate_aggregate),
+                fix="Pass evaluate_aggregate=True",
+            )
         self.options = RoundOptions.of(**options)
+        self.evaluate_aggregate = evaluate_aggregate
         self.history: list[RoundOutcome] = []
         self._client = client
+        self._process = os.getpid()
         self._given = options
         self._name = name
         self._hook: BranchKeyHook | None = None
         self._state: Mapping[str, Any] | None = None
         self._epochs = 0
+        self._epoch = 0  # of the batches that were counted last
         self._samples: int | None = 0
         self._batches = 0
         self._stale: dict[str, Any] = {}
+        self._scores = Scores()
+        self._told = False
+        self._loaders: Any = None
+        self._trains: bool | None = None
+        self._shown = Shown(name, self.options.progress)
+        self._checkpoints = Checkpoints(f"{self._shown.prefix}/aggregate/")
 
     @property
     def last_outcome(self) -> RoundOutcome | None:
@@ -102,22 +140,33 @@ class BranchKeyCallback(_Flavours):
         return "BranchKeyCallback" if self._name is None else f"BranchKeyCallback[{self._name}]"
 
     def count_samples(self, batch: Any) -> int | None:
-        """Count the samples of a batch; override it where the first tensor's length is not their number."""
-        return count_samples(batch)
+        """Count the samples of a batch; override it where the first tensor's length is not their number.
+
+        Batches of several loaders (a dictionary of loaders, a ``CombinedLoader``) count together.
+        """
+        return count_samples(batch) if self._loaders is None else count_in_each(self._loaders, batch)
 
     # --- when things are made and released ---------------------------------------------------------------------------
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Refuse a strategy that cannot be served, before anything is built."""
+        """Refuse a strategy or a client that cannot be served, before anything is built."""
         if stage == "fit" and not trainer.fast_dev_run:
-            require_whole_model(trainer.strategy)
+            require_served(trainer.strategy)
+            self._require_own_client()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Connect. Not in ``setup``, which tuner runs and empty fits reach as well."""
         if trainer.fast_dev_run or self._hook is not None:
             return
+        loaders = trainer.train_dataloader
+        self._loaders = loaders if isinstance(loaders, (Mapping, list, tuple)) else None
+        if self.evaluate_aggregate:
+            require_validation(trainer)
+        self._checkpoints.watch(trainer, evaluates=self.evaluate_aggregate)
         optimizers = list(trainer.optimizers) or None
-        hook = BranchKeyHook(pl_module, self._client, optimizer=optimizers, **self._given)
+        options = {**self._given, "journal": self._journal(trainer)}
+        module = federated_module(trainer.strategy, pl_module)
+        hook = BranchKeyHook(module, self._client, optimizer=optimizers, **options)
         try:
             if self._state is not None:
                 hook.load_state_dict(self._state)
@@ -126,28 +175,56 @@ class BranchKeyCallback(_Flavours):
             hook.close()
             raise
         self._hook = hook
+        if trainer.is_global_zero:
+            tell_of_averages(trainer.callbacks, self)
+        if self._batches and self._epoch < trainer.current_epoch:
+            # The checkpoint was made with the last batch of an epoch, and Lightning does not come back to that epoch's end.
+            self.on_train_epoch_end(trainer, pl_module)
+            self._collect(trainer, pl_module)
+
+    def _require_own_client(self) -> None:
+        if self._process != os.getpid() and not callable(self._client):
+            # Its thread did not come along, and its sockets are the parent's.
+            raise ConfigurationError(
+                what="client",
+                expected="a function that makes the client, since this process was forked from another",
+                found="a client that was made before",
+                fix="Pass functools.partial(Client, credentials) or another function of a module",
+            )
+
+    def _journal(self, trainer: Any) -> Any:
+        """Say where rounds are noted: beside the checkpoints, if the script makes any on a disk."""
+        chosen, root = self.options.journal, str(trainer.default_root_dir)
+        if chosen is not None or not trainer.checkpoint_callbacks or "://" in root:
+            return chosen
+        return os.path.join(root, "branchkey")
 
     def _require_alone(self, trainer: Any, hook: BranchKeyHook) -> None:
         mine = hook.state_dict()["rounds"]["leaf_id"]
-        for other in trainer.callbacks:
-            if other is not self and isinstance(other, BranchKeyCallback) and other.leaf_id == mine:
+        leaves = [callback for callback in trainer.callbacks if isinstance(callback, BranchKeyCallback)]
+        for other in leaves:
+            if other is not self and other.leaf_id == mine:
+                places = [f"{leaves.index(each) + 1} ({each.state_key})" for each in leaves if each in (self, other)]
                 raise ConfigurationError(
                     what="callbacks",
                     expected="a leaf of its own for each BranchKeyCallback",
-                    found=f"leaf {mine} twice",
+                    found=f"leaf {mine} in both number {' and number '.join(places)}",
                     fix="Take one of the two out, or give it the credentials of another leaf",
                 )
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Release what is ours; ``teardown`` does not come after an exception."""
         self._release()
+        self._checkpoints.release()
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Release what is ours."""
         self._release()
+        self._checkpoints.release()
 
     def _release(self) -> None:
         hook, self._hook = self._hook, None
+        self._loaders = None
         if hook is not None:
             self._state = hook.state_dict()
             hook.close()
@@ -156,9 +233,22 @@ class BranchKeyCallback(_Flavours):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Load the aggregate of the epoch before."""
-        self._collect(trainer)
+        self._collect(trainer, pl_module)
         # Metrics that nobody logs again in this epoch are of other weights than those that will be sent.
         self._stale = dict(trainer.callback_metrics)
+
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Note which weights are validated. Not sooner, since others may put an average in their place before."""
+        if self._hook is not None and batch_idx == dataloader_idx == 0:
+            self._scores.open(parameters_at_rest(trainer.strategy, pl_module), trainer.callback_metrics)
+
+    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
+        """Note what they scored."""
+        if self._hook is not None:
+            self._scores.close(trainer.callback_metrics)
+            self._checkpoints.after_validation(trainer, self._scores)
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, *_: Any
@@ -166,6 +256,14 @@ class BranchKeyCallback(_Flavours):
         """Count what was really seen."""
         if self._hook is None:
             return
+        if batch_idx == 0 or self._trains is None:
+            # Once an epoch, since this hook runs for every batch.
+            self._trains = trains(trainer)
+            self._epoch = trainer.current_epoch
+        if not self._trains:
+            return
+        if self._checkpoints.watches:
+            self._checkpoints.before_save(trainer, pl_module, "on_train_batch_end", self._scores)
         self._batches += 1
         if self.options.weighting == "samples" and self._samples is not None:
             found = self.count_samples(batch)
@@ -173,6 +271,8 @@ class BranchKeyCallback(_Flavours):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """Send the weights that were just validated."""
+        if self._hook is not None and self._checkpoints.watches:
+            self._checkpoints.before_save(trainer, pl_module, "on_train_epoch_end", self._scores)
         if self._hook is None or self._batches == 0:
             # Without a batch (stopped at the start of an epoch) there is nothing new to send.
             return
@@ -182,19 +282,52 @@ class BranchKeyCallback(_Flavours):
         metrics = {
             name: value for name, value in trainer.callback_metrics.items() if self._stale.get(name) is not value
         }
+        for name in sorted(self._scores.of_other_weights(parameters_at_rest(trainer.strategy, pl_module), metrics)):
+            self._leave_out(name, metrics)
         samples, self._samples, self._batches = self._samples, 0, 0
-        outcome = self._noted(lambda hook: hook.submit(samples=samples, metrics=metrics))
-        if outcome.status != "pending":
-            self._tell(trainer, outcome)
+        outcome = self._noted(lambda hook: hook.submit(samples=own_samples(trainer.strategy, samples), metrics=metrics))
+        if outcome.status == "pending":
+            self._shown.sent(trainer, outcome)
+        else:
+            self._tell(trainer, pl_module, outcome)
+
+    def _leave_out(self, name: str, metrics: dict[str, Any]) -> None:
+        del metrics[name]
+        if not self._told:
+            self._told = True
+            _log.warning(
+                "%s is left out of the metrics of an update, because validation ran on other weights than those that are "
+                "sent: on an average, or before the last steps of the epoch",
+                name,
+            )
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Load the aggregate of the last epoch."""
-        self._collect(trainer)
+        self._collect(trainer, pl_module)
 
-    def _collect(self, trainer: Any) -> None:
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        """Load the last aggregate in a resumed fit that had nothing left to train, so that nobody else is called."""
+        if self._hook is None and self._state is not None and self._state["rounds"]["pending"]:
+            self.on_train_start(trainer, pl_module)
+            self._collect(trainer, pl_module)
+
+    def _collect(self, trainer: Any, module: Any) -> None:
         if self._hook is None or not (self._hook.pending or (self._hook.round and not self.options.wait)):
             return
-        self._tell(trainer, self._noted(lambda hook: hook.collect()))
+        with self._shown.waiting(trainer, module, self._hook.round):
+            outcome = self._noted(lambda hook: hook.collect())
+        if outcome.status == "applied" and self.evaluate_aggregate:
+            self._evaluate(trainer, module, self._hook)
+        self._tell(trainer, module, outcome)
+
+    def _evaluate(self, trainer: Any, module: Any, hook: BranchKeyHook) -> None:
+        """Score the aggregate that the model holds now, and let everybody know who asked for it; on every rank."""
+        scores = validate(trainer, module)
+        figures = {f"aggregate/{name}": value for name, value in scores.items()}
+        trainer.callback_metrics.update({f"{self._shown.prefix}/{name}": value for name, value in figures.items()})
+        self._shown.figures(trainer, {name: float(value) for name, value in figures.items()})
+        hook.report(scores, mode="test")
+        self._checkpoints.save_aggregate(trainer, module)
 
     def _noted(self, half: Any) -> RoundOutcome:
         hook = self._hook
@@ -206,28 +339,12 @@ class BranchKeyCallback(_Flavours):
         finally:
             self.history.extend(hook.history[known:])
 
-    def _tell(self, trainer: Any, outcome: RoundOutcome) -> None:
+    def _tell(self, trainer: Any, module: Any, outcome: RoundOutcome) -> None:
         """Let loggers, progress bar and Trainer know how a round ended; on every rank."""
         if outcome.status == "stopped":
-            _log.warning("The run was stopped: training ends")
+            tell_stopped(trainer)
             trainer.should_stop = True
-        prefix = "branchkey" if self._name is None else f"branchkey/{self._name}"
-        figures = {
-            f"{prefix}/round": float(outcome.round),
-            f"{prefix}/wait_s": outcome.waited_s,
-            f"{prefix}/uploaded_mb": outcome.uploaded_bytes / 1e6,
-            f"{prefix}/status": float(STATUS_CODES[outcome.status]),
-        }
-        for logger in trainer.loggers:
-            logger.log_metrics(figures, step=trainer.global_step)
-        bar = trainer.progress_bar_callback
-        wanted = sys.stderr.isatty() if self.options.progress is None else self.options.progress
-        if wanted and bar is not None and trainer.is_global_zero:
-            megabytes = outcome.uploaded_bytes / 1e6
-            bar.print(
-                f"{prefix}: round {outcome.round} {outcome.status}, {megabytes:.3g} MB sent, "
-                f"{outcome.waited_s:.1f} s waited"
-            )
+        self._shown.outcome(trainer, module, outcome)
 
     # --- checkpoints and copies --------------------------------------------------------------------------------------
 
@@ -239,6 +356,7 @@ class BranchKeyCallback(_Flavours):
             "epochs": self._epochs,
             "samples": self._samples,
             "batches": self._batches,
+            "epoch": self._epoch,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -249,15 +367,25 @@ class BranchKeyCallback(_Flavours):
         self._epochs = state_dict["epochs"]
         self._samples = state_dict["samples"]
         self._batches = state_dict["batches"]
+        self._epoch = state_dict.get("epoch", 0)
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy, or a spawned process, makes a connection of its own when its training starts.
+        # A copy, or a spawned process, makes a connection of its own when its training starts. The methods of the module
+        # that Lightning puts into every callback would take the module and its Trainer along.
+        mine = {name: value for name, value in self.__dict__.items() if name not in ("log", "log_dict")}
         return {
-            **self.__dict__,
+            **mine,
             "_hook": None,
             "_state": self._hook.state_dict() if self._hook is not None else self._state,
             "_stale": {},
+            "_scores": Scores(),
+            "_loaders": None,
+            "_checkpoints": Checkpoints(f"{self._shown.prefix}/aggregate/"),
         }
+
+    def __copy__(self) -> BranchKeyCallback:
+        """Copy as deeply as :func:`copy.deepcopy` does; two callbacks that share a history would both write it."""
+        return copy.deepcopy(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BranchKeyCallback:
         """Copy everything but the client, which cannot be copied, and what the user's options refer to."""

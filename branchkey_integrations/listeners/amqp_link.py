@@ -25,6 +25,8 @@ _LOOK_S = 0.1
 _PREFETCH = 64
 #: Empty looks in a row after which nothing can be on its way any more: the first may overtake the last messages.
 _EMPTY_LOOKS = 2
+#: Looks in a row, each half a heartbeat after the other, that find nothing new before the line counts as dead.
+_SILENT_LOOKS = 3
 
 
 class _Loop(IOLoop):  # type: ignore[misc]
@@ -89,6 +91,8 @@ class AmqpLink:
         self._empty_looks = 0
         self._seen_at_last_look = -1
         self._drained = False
+        self._received = -1
+        self._silent_looks = 0
         # The loop must not be woken after it was closed, and only close() comes from another thread.
         self._lock = threading.Lock()
         self._loop_open = True
@@ -162,7 +166,26 @@ class AmqpLink:
 
     def _on_open(self, connection: Any) -> None:
         self._opened = True
+        if connection.params.heartbeat:
+            self._loop.call_later(connection.params.heartbeat / 2, self._feel_pulse)
         self._open_channel(connection)
+
+    def _feel_pulse(self) -> None:
+        # The broker sends something at least every half heartbeat. pika itself looks once in a heartbeat and five seconds,
+        # and may need two looks. After a standstill of this process only one look comes late, and what came is read before
+        # the next one.
+        connection = self._connection
+        if self._over or self._closing or not connection.is_open:
+            return
+        received = connection.bytes_received
+        self._silent_looks = self._silent_looks + 1 if received == self._received else 0
+        self._received = received
+        if self._silent_looks >= _SILENT_LOOKS:
+            self._channel_error = pika.exceptions.AMQPHeartbeatTimeout("nothing came for one and a half heartbeats")
+            # There is nobody to say good-bye to.
+            self._loop.cut()
+            return
+        self._loop.call_later(connection.params.heartbeat / 2, self._feel_pulse)
 
     def _open_channel(self, connection: Any) -> None:
         connection.channel(on_open_callback=self._on_channel)

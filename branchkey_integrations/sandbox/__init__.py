@@ -5,8 +5,9 @@ with Sandbox(leaves=3) as sandbox:
 """
 
 from branchkey_integrations.sandbox.answer import Answer
+from branchkey_integrations.sandbox.chaos import Chaos
 from branchkey_integrations.sandbox.intercept import ROUTES, Call, Interception
 from branchkey_integrations.sandbox.local import Sandbox
 from branchkey_integrations.sandbox.records import Upload
 
-__all__ = ["Sandbox", "Upload", "Answer", "Call", "Interception", "ROUTES"]
+__all__ = ["Sandbox", "Chaos", "Upload", "Answer", "Call", "Interception", "ROUTES"]

@@ -29,12 +29,15 @@ class Update:
     digest: str
     weighting: float
     layers: Layers
+    #: What the leaf calls it, in the metadata's ``custom.update_id``; empty from other clients.
+    update_id: str = ""
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Update:
         """Make an update of what ``asdict`` and JSON turned it into."""
         layers = tuple((tuple(shape), str(dtype)) for shape, dtype in plain["layers"])
-        return cls(plain["file_id"], plain["leaf_id"], plain["digest"], float(plain["weighting"]), layers)
+        name = str(plain.get("update_id", ""))
+        return cls(plain["file_id"], plain["leaf_id"], plain["digest"], float(plain["weighting"]), layers, name)
 
 
 @dataclass(frozen=True)
@@ -132,12 +135,15 @@ class Branch:
 
     # --- the round -----------------------------------------------------------------------------------------------
 
-    def repeat_of(self, leaf_id: str, digest: str) -> Update | None:
-        """Find the update that ``leaf_id`` has already been counted with, if ``digest`` says that it is the same."""
+    def repeat_of(self, leaf_id: str, digest: str, update_id: str = "") -> Update | None:
+        """Find the update that ``leaf_id`` has already been counted with, if its digest or its name is the same."""
         candidates = [self._pending.get(leaf_id)]
         if leaf_id not in self._pending and leaf_id in self._counted:
             candidates.append(self._counted[leaf_id][0])
-        return next((update for update in candidates if update is not None and update.digest == digest), None)
+        for update in candidates:
+            if update is not None and (update.digest == digest or (update_id and update.update_id == update_id)):
+                return update
+        return None
 
     def submit(self, update: Update) -> Receipt:
         """Count an update, in place of an earlier one of this leaf in this round.
@@ -147,7 +153,7 @@ class Branch:
             LayoutError: it does not fit what another leaf uploaded in this round; nothing is changed by it.
         """
         self.require_started()
-        known = self.repeat_of(update.leaf_id, update.digest)
+        known = self.repeat_of(update.leaf_id, update.digest, update.update_id)
         if known is not None:
             return Receipt(known.file_id, repeated=True)
         for other in self._pending.values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Union
 
 from branchkey_integrations.sandbox.answer import reset, transport_of
@@ -50,6 +51,10 @@ class Connection:
         self._waiting[kind] = text
         self._wake.set()
 
+    def drop(self) -> None:
+        """Reset the connection."""
+        reset(transport_of(self.websocket.scope))
+
     def catch_up(self, run_status: str | None, aggregation_id: str | None, number: int) -> None:
         """Queue what the leaf missed; announcements up to ``number`` are covered by it."""
         self.since = number
@@ -68,11 +73,21 @@ class Connection:
             self._wake.clear()
 
 
+def deliver(connection: Connection, text: Text, kind: str) -> bool:
+    """Queue a notification for one WebSocket; tells whether it is certain that it goes out."""
+    connection.put(text, kind)
+    return True
+
+
 class Hub:
-    """Know the open WebSockets. All methods are for the server's event loop only."""
+    """Know the open WebSockets. All methods are for the server's event loop only.
+
+    ``deliver`` passes each notification on to each of them; faults on purpose take its place.
+    """
 
     def __init__(self) -> None:
         self._connections: list[Connection] = []
+        self.deliver: Callable[[Connection, Text, str], bool] = deliver
 
     @property
     def leaf_ids(self) -> list[str]:
@@ -91,14 +106,16 @@ class Hub:
         """Tell all about an aggregate. ``number`` counts announcements, so that nobody hears twice what it caught up with."""
         for connection in self._connections:
             if number > connection.since:
-                connection.put(aggregate_message(aggregation_id), _AGGREGATE)
+                self.deliver(connection, aggregate_message(aggregation_id), _AGGREGATE)
 
     def announce_status(self, run_status: str, number: int) -> list[str]:
         """Tell all about the run status, and give the leaves that were told."""
+        told = []
         for connection in self._connections:
-            if number > connection.since:
-                connection.put(status_message(run_status), _STATUS)
-        return self.leaf_ids
+            # Who came after the announcement has caught up with it.
+            if number <= connection.since or self.deliver(connection, status_message(run_status), _STATUS):
+                told.append(connection.leaf_id)
+        return told
 
     def announce_raw(self, text: Text) -> None:
         """Send any text to all; bytes go as a binary frame."""
@@ -110,7 +127,7 @@ class Hub:
         chosen = [each for each in self._connections if leaf_id in (None, each.leaf_id)]
         for connection in chosen:
             if code is None:
-                reset(transport_of(connection.websocket.scope))
+                connection.drop()
             else:
                 await connection.websocket.close(code)
         return len(chosen)

@@ -15,6 +15,8 @@ from branchkey_integrations.credentials import Credentials
 from branchkey_integrations.errors import MissingDependencyError, SandboxError
 from branchkey_integrations.sandbox.answer import Answer
 from branchkey_integrations.sandbox.branch import PAUSE, START, STOP
+from branchkey_integrations.sandbox.chaos import Chaos, Dice, table
+from branchkey_integrations.sandbox.chaos_http import HttpFaults
 from branchkey_integrations.sandbox.hub import Hub, Text
 from branchkey_integrations.sandbox.intercept import Handler, Interception, Interceptions, check_route
 from branchkey_integrations.sandbox.options import Options
@@ -47,6 +49,7 @@ class Sandbox:
         ticket_lifetime_s: seconds that a WebSocket ticket is good for.
         ping_interval_s: seconds between pings on each WebSocket.
         model_config: ``model_config`` of the branch configuration.
+        chaos: faults on purpose, see :class:`Chaos`; None means none.
 
     Raises:
         ConfigurationError: an argument is wrong.
@@ -68,6 +71,7 @@ class Sandbox:
         ticket_lifetime_s: float = 30.0,
         ping_interval_s: float = 20.0,
         model_config: Mapping[str, Any] | None = None,
+        chaos: Chaos | None = None,
     ) -> None:
         self._options = Options(
             leaves=leaves,
@@ -81,7 +85,9 @@ class Sandbox:
             ticket_lifetime_s=ticket_lifetime_s,
             ping_interval_s=ping_interval_s,
             model_config=model_config,
+            chaos=chaos,
         )
+        self._dice = Dice(chaos or Chaos())
         self._interceptions = Interceptions()
         self._service: Service | None = None
         self._server: Any = None
@@ -110,6 +116,10 @@ class Sandbox:
 
                 self._broker = service.broker = BrokerLink.open(options.rabbitmq)
             service.load()
+            if options.chaos is not None:
+                self._dice = Dice(options.chaos)
+                service.disturb(self._dice)
+                HttpFaults(self._dice, service.roster).install(self._interceptions)
             for _ in range(len(service.roster), options.leaves):
                 service.add_leaf()
             app = app_class(
@@ -261,6 +271,16 @@ class Sandbox:
         """Count the requests of a route: one of :data:`branchkey_integrations.sandbox.ROUTES`."""
         with self._opened.changed:
             return self._opened.hits[check_route(route)]
+
+    @property
+    def chaos_report(self) -> dict[str, int]:
+        """How many faults of each kind of :class:`Chaos` there were since the last :meth:`open`."""
+        return self._dice.done
+
+    @property
+    def chaos_table(self) -> list[str]:
+        """The same for people, a line each kind, with the number of moments in which it could have happened."""
+        return table(self._dice)
 
     def wait_for(self, predicate: Callable[[], Result], timeout_s: float = 10.0) -> Result:
         """Wait until ``predicate()`` is true, looking again after every change, and give what it gave.

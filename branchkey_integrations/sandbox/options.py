@@ -9,6 +9,7 @@ from typing import Any, Union
 
 from branchkey_integrations.config import check_seconds
 from branchkey_integrations.errors import ConfigurationError
+from branchkey_integrations.sandbox.chaos import Chaos
 
 Path = Union[str, "os.PathLike[str]"]
 _LARGEST_PORT = 65535
@@ -33,6 +34,7 @@ class Options:
     ticket_lifetime_s: float
     ping_interval_s: float
     model_config: Mapping[str, Any] | None
+    chaos: Chaos | None
 
     def __post_init__(self) -> None:
         _check_count("leaves", self.leaves, 0)
@@ -48,6 +50,13 @@ class Options:
                 expected="a pair of paths, certificate chain and key",
                 found=type(self.tls).__name__,
                 fix='Pass for example tls=("server.crt", "server.key")',
+            )
+        if self.chaos is not None and not isinstance(self.chaos, Chaos):
+            raise ConfigurationError(
+                what="chaos",
+                expected="a Chaos or None",
+                found=type(self.chaos).__name__,
+                fix="Pass for example chaos=Chaos.mix(0.2)",
             )
 
     @property

@@ -12,11 +12,13 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 
 
 class HttpProtocol(H11Protocol):
-    """Let the application reach its connection, so that it can be cut."""
+    """Let the application reach its connection, so that it can be cut, and keep signed links out of the log."""
 
     def connection_made(self, transport: Any) -> None:  # noqa: D102 - as in the base
         super().connection_made(transport)
         self.app_state = {**self.app_state, "transport": transport}
+        # Whatever the configuration says, uvicorn logs each request with its query once the user's root logger shows INFO.
+        self.access_log = False
 
 
 class WebSocketProtocol(WebSocketsSansIOProtocol):
@@ -26,6 +28,8 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         super().__init__(*args, **kwargs)
         self.logger = logging.getLogger("branchkey_integrations.sandbox.uvicorn")
         self.logger.setLevel(logging.WARNING)
+        # The base gave its own one away already, and with DEBUG on that one shows the request line.
+        self.conn.logger, self.conn.debug = self.logger, False
 
 
 class OldWebSocketProtocol(WebSocketProtocol):

@@ -40,6 +40,14 @@ class Parcel:
         """SHA-256 of the file in the form of the ``x-bk-file-digest`` header."""
         return "sha256=" + base64.b64encode(self.sha256).decode("ascii")
 
+    @property
+    def update_id(self) -> str:
+        """What the leaf calls this update, in ``custom.update_id`` of its metadata; empty from other clients."""
+        metadata = parse_metadata(self.metadata)
+        custom = metadata.get("custom") if isinstance(metadata, dict) else None
+        name = custom.get("update_id") if isinstance(custom, dict) else None
+        return name[:200] if isinstance(name, str) else ""
+
 
 def parse_metadata(text: str) -> Any:
     """Give the metadata as what their JSON says, or the text itself: 2.7.0 to 2.7.3 send what is not JSON."""

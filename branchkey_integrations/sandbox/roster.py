@@ -43,6 +43,10 @@ class Roster:
         """Take a leaf in."""
         self._leaves[leaf.id] = leaf
 
+    def place_of(self, leaf_id: str) -> str:
+        """Give the leaf's place in the order of their making, as text; unlike its id it is the same in every sandbox."""
+        return str(list(self._leaves).index(leaf_id))
+
     def authenticate(self, header: str | None) -> Credentials | None:
         """Give the leaf whose ``Authorization: Bearer <id>:<session_token>`` this is."""
         scheme, _, value = (header or "").partition(" ")

@@ -8,16 +8,20 @@ import os
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from branchkey_integrations.archive import Archive
 from branchkey_integrations.credentials import Credentials
 from branchkey_integrations.errors import LayoutError, RunBlockedError, SandboxError
 from branchkey_integrations.events import check_aggregation_id
 from branchkey_integrations.sandbox.branch import Branch, ClosedRound, Receipt, Update
+from branchkey_integrations.sandbox.chaos import Dice
+from branchkey_integrations.sandbox.chaos_news import BrokerKiller, Courier, Poisoned
 from branchkey_integrations.sandbox.contents import check_contents
 from branchkey_integrations.sandbox.hub import Hub, Text, aggregate_message, status_message
 from branchkey_integrations.sandbox.mean import Stopped, WeightedMean, common_dtypes
@@ -52,6 +56,9 @@ class Service:
         self.metrics: list[dict[str, Any]] = []
         self.hits: Counter[str] = Counter()
         self.broker: BrokerLink | None = None
+        self._dice: Dice | None = None
+        self._courier: Courier | None = None
+        self._killer: BrokerKiller | None = None
         self.post: Callable[..., None] = _drop
         self.version = 0
         self.created_at = _now()
@@ -61,6 +68,14 @@ class Service:
         self._checks = _started(2, "branchkey-sandbox-check")
         # One thread: the aggregates come in the order in which their rounds closed.
         self._means = _started(1, "branchkey-sandbox-mean")
+
+    def disturb(self, dice: Dice) -> None:
+        """Have notifications, aggregates and a private broker meet with faults. Once, before the server starts."""
+        self._dice = dice
+        self._courier = Courier(dice, self.roster)
+        self.hub.deliver = self._courier.deliver
+        if self.broker is not None and self.broker.node is not None:
+            self._killer = BrokerKiller(dice, self._restart_broker)
 
     # --- leaves ----------------------------------------------------------------------------------------------------
 
@@ -100,10 +115,7 @@ class Service:
         with self.changed:
             if self.branch.close_if_complete() is not None:
                 self.save()
-            missing = self.branch.newest_unfetched
-            if missing is not None:
-                # A private broker starts empty. On one that kept its queues this is a repeat, and those are harmless.
-                self._to_broker(aggregate_message(missing))
+            self._remind_broker()
             for closed in self.branch.closing:
                 self._means.submit(self._aggregate, closed)
 
@@ -168,11 +180,11 @@ class Service:
             Refusal: with the answer that names what is wrong; nothing is changed by it.
         """
         with self.changed:
-            known = self.branch.repeat_of(leaf.id, parcel.digest)
+            known = self.branch.repeat_of(leaf.id, parcel.digest, parcel.update_id)
         if known is not None:
             return Receipt(known.file_id, repeated=True)
         weighting, layers = check_contents(parcel)
-        update = Update(str(uuid.uuid4()), leaf.id, parcel.digest, weighting, layers)
+        update = Update(str(uuid.uuid4()), leaf.id, parcel.digest, weighting, layers, parcel.update_id)
         record = Upload(
             file_id=update.file_id,
             leaf_id=leaf.id,
@@ -214,7 +226,7 @@ class Service:
                 dtypes = common_dtypes([[dtype for _, dtype in update.layers] for update in closed.updates])
                 weightings = [update.weighting for update in closed.updates]
                 mean = WeightedMean(archives, weightings, dtypes, self._closing.is_set)
-                write_layers(self.store.aggregate_path(closed.aggregation_id), mean)
+                write_layers(self.store.aggregate_path(closed.aggregation_id), self._perhaps_poisoned(mean, closed))
             with self.changed:
                 self.branch.finish(closed.aggregation_id)
                 self._announce(closed.aggregation_id)
@@ -222,6 +234,14 @@ class Service:
             return  # the state still lists the round; the next sandbox on this directory finishes it
         except Exception:  # noqa: BLE001 - in a thread of its own; logged with its traceback
             _log.exception("The aggregate of round %d could not be made; its leaves wait in vain", closed.number)
+
+    def _perhaps_poisoned(self, mean: WeightedMean, closed: ClosedRound) -> Sequence[np.ndarray[Any, Any]]:
+        layers = closed.updates[0].layers
+        choices = [
+            index for index, (shape, dtype) in enumerate(layers) if np.dtype(dtype).kind == "f" and 0 not in shape
+        ]
+        how = self._dice.throw("nan") if self._dice is not None and choices else None
+        return mean if how is None else Poisoned(mean, choices, how)
 
     # --- aggregates and news -------------------------------------------------------------------------------------------
 
@@ -268,9 +288,37 @@ class Service:
         self._to_broker(text)
 
     def _to_broker(self, text: Text) -> None:
+        if self.broker is None:
+            return
+        if self._courier is None:
+            self._publish(text)
+            return
+        self.post(self._courier.publish, self._publish, text)
+        if self._killer is not None:
+            self._killer.after_notification()
+
+    def _publish(self, text: Text) -> None:
         if self.broker is not None:
             body = text if isinstance(text, bytes) else text.encode("utf-8")
             self.broker.publish(self.roster.tree_id, self.roster.branch_id, body)
+
+    def _remind_broker(self) -> None:
+        missing = self.branch.newest_unfetched
+        if missing is not None:
+            # A private broker starts empty. On one that kept its queues this is a repeat, and those are harmless.
+            self._publish(aggregate_message(missing))
+
+    def _restart_broker(self) -> None:
+        # A leaf that is created meanwhile waits for the broker.
+        with self._adding:
+            if self.broker is None or self.broker.node is None:
+                return
+            self.broker.node.restart(kill=True)
+            for credentials in self.roster.credentials:
+                # A broker that is killed young has not written all its leaves to disk.
+                self._introduce(credentials)
+        with self.changed:
+            self._remind_broker()
 
     def news(self, leaf_id: str) -> tuple[str | None, str | None, int]:
         """Give a leaf that connects the run status and the aggregate it lacks, and how many announcements that covers."""
@@ -306,6 +354,8 @@ class Service:
     def close(self) -> None:
         """Stop the mean at the next layer, wait for the threads, let go of the files."""
         self._closing.set()
+        if self._killer is not None:
+            self._killer.close()
         for executor in (self._checks, self._means):
             executor.shutdown(wait=True, cancel_futures=True)
         self.store.close()

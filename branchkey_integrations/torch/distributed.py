@@ -3,15 +3,16 @@
 Rank 0 alone does input and output. What came of it, a value or an error, is broadcast, so that all ranks return the same
 or raise the same. While rank 0 works, the others wait inside short broadcasts that rank 0 repeats every second from a
 thread: none of them is longer than the process group's timeout, however long the work takes, and the work itself stays
-in the main thread, where an interrupt reaches it.
+in the main thread, where an interrupt reaches it. Where the work needs all ranks (a layer that lies in shards), rank 0
+calls them to a named part of it, through the same broadcasts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import threading
-from collections.abc import Callable, Iterable
-from types import TracebackType
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -19,11 +20,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from branchkey_integrations.errors import BranchKeyError, ConfigurationError
+from branchkey_integrations.torch.lifeline import Lifeline, RankLost
 
 _log = logging.getLogger("branchkey_integrations.torch")
 
 _T = TypeVar("_T")
 _BEAT_S = 1.0
+#: Tensors up to this size are sent together, several in one broadcast.
+_BUCKET_BYTES = 4 * 1024 * 1024
+_ALIGNED = 16
 _PLAIN = (str, bytes, int, float, bool, type(None))
 
 
@@ -37,8 +42,9 @@ def _membership() -> tuple[int, int]:
 class Coordinator:
     """Run work on rank 0 and give every rank its result.
 
-    Each method except the properties is collective: every rank calls it, in the same order. Without a process group, or
+    Methods are collective unless they say otherwise: every rank calls them, in the same order. Without a process group, or
     in one of a single rank, the work is simply done. The default group is used; every rank of it trains the same model.
+    When another rank is gone they raise a :class:`BranchKeyError` that says so, of the process group.
 
     Args:
         beat_s: seconds between two signs of life from rank 0; well below the group's timeout.
@@ -47,6 +53,8 @@ class Coordinator:
     def __init__(self, *, beat_s: float = _BEAT_S) -> None:
         self._rank, self._size = _membership()
         self._beat_s = beat_s
+        self._parts: Mapping[str, Callable[..., Any]] = {}
+        self._line: Lifeline | None = None
 
     @property
     def is_main(self) -> bool:
@@ -63,41 +71,138 @@ class Coordinator:
         """Number of ranks, at least 1."""
         return self._size
 
-    def run_on_main(self, work: Callable[[], _T]) -> _T:
+    def run_on_main(self, work: Callable[[], _T], parts: Mapping[str, Callable[..., Any]] | None = None) -> _T:
         """Call ``work`` on rank 0, in its main thread, and return its result on every rank.
 
         Args:
             work: returns plain values or None; they cross process boundaries. May take any time.
+            parts: what ``work`` may ask of every rank, by name, through :meth:`everywhere`.
 
         Raises:
             BaseException: what ``work`` raised, on every rank alike. An error of a type that might not cross process
                 boundaries is raised as a :class:`BranchKeyError` with its name and text, on every rank.
+            BranchKeyError: another rank is gone, or was silent for longer than the group's timeout.
         """
         self._check_membership()
-        if self._size == 1:
-            return work()
-        if not self.is_main:
-            kind, heard = self._pass_on(None)
-            while kind == "beat":
-                kind, heard = self._pass_on(None)
-            if kind == "error":
-                raise heard
-            result: _T = heard
-            return result
-        beats = _Beats(self._beat, self._beat_s)
+        self._parts = parts or {}
         try:
-            with beats:
+            if self._size == 1:
+                return work()
+            return self._work(work) if self.is_main else self._attend()
+        finally:
+            self._parts = {}
+
+    def everywhere(self, name: str, *args: Any, in_main_thread: bool = False) -> Any:
+        """Do a part of the work on every rank at once and give what it gave on rank 0; call it from inside the work.
+
+        Args:
+            name: which of the parts that were handed to :meth:`run_on_main`.
+            args: plain values for it; they cross process boundaries.
+            in_main_thread: do it in rank 0's main thread as well, as a user's own code expects. An interrupt may then
+                fall between two collectives.
+
+        Raises:
+            BaseException: what the part raised on the lowest rank on which it did.
+            RankLost: another rank is gone.
+        """
+        if self._size == 1:
+            return self._parts[name](*args)
+        line = self._line
+        if line is None:
+            raise RuntimeError(f"part {name!r} was asked for outside the work")
+
+        def announced() -> Any:
+            try:
+                self._pass_on(("part", (name, args)))
+                value, error = self._take_part(name, args)
+            except RuntimeError as lost:
+                raise RankLost(str(lost)) from lost
+            if error is not None:
+                raise error
+            return value
+
+        if not in_main_thread:
+            return line.call(announced)
+        with line.held():
+            return announced()
+
+    @property
+    def lost(self) -> bool:
+        """Tell, on rank 0 and from inside the work, whether another rank was found to be gone."""
+        return self._line is not None and self._line.error is not None
+
+    def check_all_there(self) -> None:
+        """Demand, on rank 0 and from inside the work, that no rank is gone.
+
+        Raises:
+            RankLost: one is; :meth:`run_on_main` turns it into an error for people.
+        """
+        if self._line is not None and self._line.error is not None:
+            raise RankLost(str(self._line.error)) from self._line.error
+
+    def _work(self, work: Callable[[], _T]) -> _T:
+        line = self._line = Lifeline(self._beat, self._beat_s)
+        try:
+            with line:
                 value = work()
         except BaseException as error:
+            if isinstance(error, RankLost) or (line.error is not None and isinstance(error, Exception)):
+                raise self._gone(line.error or error) from error
             portable = _portable(error)
-            self._tell(portable)
+            if line.error is None:
+                self._tell(portable)
             if portable is error:
                 raise
             raise portable from error
-        if beats.error is not None:
-            raise beats.error
-        self._pass_on(("value", value))
+        finally:
+            self._line = None
+        if line.error is not None:
+            raise self._gone(line.error) from line.error
+        with self._talking():
+            self._pass_on(("value", value))
         return value
+
+    def _attend(self) -> Any:
+        while True:
+            with self._talking():
+                kind, heard = self._pass_on(None)
+                if kind == "part":
+                    # What went wrong here is known to rank 0 by now, and rank 0 decides what becomes of it.
+                    self._take_part(*heard)
+            if kind == "error":
+                raise heard
+            if kind == "value":
+                return heard
+
+    def _take_part(self, name: str, args: tuple[Any, ...]) -> tuple[Any, BaseException | None]:
+        """Do this rank's share; give its value, and the error of the lowest rank that had one."""
+        value, mine = None, None
+        try:
+            value = self._parts[name](*args)
+        except BaseException as error:  # noqa: BLE001  whatever it is, the other ranks wait to hear of it
+            _log.debug("Part %s failed on rank %d", name, self._rank, exc_info=True)
+            mine = _portable(error)
+        found: list[Any] = [None] * self._size
+        dist.all_gather_object(found, mine)
+        return value, next((error for error in found if error is not None), None)
+
+    @contextlib.contextmanager
+    def _talking(self) -> Iterator[None]:
+        """Say it for people when another rank cannot be reached."""
+        try:
+            yield
+        except RuntimeError as error:
+            raise self._gone(error) from error
+
+    def _gone(self, error: BaseException) -> BranchKeyError:
+        # Backends put the place in their own source before it, and advice behind it.
+        said = re.sub(r"^\[[^\]]*\] *", "", str(error).split("\n")[0]).split(". ")[0]
+        return BranchKeyError(
+            what="process group",
+            expected=f"all {self._size} ranks of it",
+            found=said or "a rank that does not answer",
+            fix="See the log of the rank that ended, and start the job again from its last checkpoint",
+        )
 
     def agree(self, work: Callable[[], _T]) -> list[_T]:
         """Call ``work`` on every rank and return all results in the order of the ranks, on every rank.
@@ -116,7 +221,8 @@ class Coordinator:
             original = error
             verdict = ("error", _portable(error))
         verdicts: list[Any] = [None] * self._size
-        dist.all_gather_object(verdicts, verdict)
+        with self._talking():
+            dist.all_gather_object(verdicts, verdict)
         for rank, (kind, found) in enumerate(verdicts):
             if kind == "error":
                 if rank != self._rank:
@@ -128,25 +234,30 @@ class Coordinator:
     def share(self, tensors: Iterable[Tensor]) -> None:
         """Copy rank 0's values of ``tensors`` into every rank's, in place and bit for bit.
 
-        A difference in number, shape or dtype between ranks ends the process in torch: compare them with :meth:`agree`
-        first. Needs the memory of the largest tensor once more.
+        Small tensors travel together. A difference in number, shape or dtype between ranks ends the process in torch:
+        compare them with :meth:`agree` first. Needs the memory of the largest tensor once more, at least 4 MB.
         """
         self._check_membership()
         if self._size == 1:
             return
-        for tensor in tensors:
-            if tensor.numel() == 0:
-                continue
+        for bucket in _buckets(tensors):
             # Bytes, because no backend knows every dtype (gloo has no float8); contiguous, because strides may differ.
-            values = tensor.detach().contiguous()
-            wire = values.reshape(-1).view(torch.uint8)
+            values = [tensor.detach().contiguous() for tensor in bucket]
+            pieces = [value.reshape(-1).view(torch.uint8) for value in values]
+            wire = _packed(pieces) if len(pieces) > 1 else pieces[0]
             if wire.device.type == "cpu" and dist.get_backend() == "nccl":
                 wire = wire.cuda()
-            dist.broadcast(wire, src=0)
-            if not self.is_main and wire.data_ptr() != tensor.data_ptr():
-                received = wire.to(values.device).view(values.dtype).view(values.shape)
+            with self._talking():
+                dist.broadcast(wire, src=0)
+            if self.is_main or wire.data_ptr() == bucket[0].data_ptr():
+                continue
+            start = 0
+            for tensor, value in zip(bucket, values):
+                size = value.numel() * value.element_size()
+                received = wire[start : start + size].to(value.device).view(value.dtype).view(value.shape)
                 with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                     tensor.copy_(received)
+                start += _aligned(size)
 
     def _check_membership(self) -> None:
         if _membership() != (self._rank, self._size):
@@ -178,39 +289,36 @@ class Coordinator:
             _log.warning("The other ranks could not be told of an error on rank 0", exc_info=True)
 
 
-class _Beats:
-    """Broadcast a sign of life at intervals while the block runs; after the block no thread is left."""
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Group tensors of one device that travel together; a large one goes alone, so that it need not be copied."""
+    bucket: list[Tensor] = []
+    filled = 0
+    for tensor in tensors:
+        size = _aligned(tensor.numel() * tensor.element_size())
+        if size == 0:
+            continue
+        if bucket and (filled + size > _BUCKET_BYTES or tensor.device != bucket[0].device):
+            yield bucket
+            bucket, filled = [], 0
+        bucket.append(tensor)
+        filled += size
+    if bucket:
+        yield bucket
 
-    def __init__(self, beat: Callable[[], None], interval_s: float) -> None:
-        self.error: RuntimeError | None = None
-        self._beat = beat
-        self._interval_s = interval_s
-        self._over = threading.Event()
-        # The current accelerator is a matter of each thread, and object broadcasts use the current one.
-        initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-        self._device = torch.cuda.current_device() if initialized else None
-        self._thread = threading.Thread(target=self._run, name="branchkey-beats", daemon=True)
 
-    def __enter__(self) -> _Beats:
-        self._thread.start()
-        return self
+def _packed(pieces: list[Tensor]) -> Tensor:
+    """Lay pieces of bytes one behind the other, each where a value of any type may begin."""
+    starts = [0]
+    for piece in pieces:
+        starts.append(starts[-1] + _aligned(piece.numel()))
+    wire = torch.empty(starts[-1], dtype=torch.uint8, device=pieces[0].device)
+    for start, piece in zip(starts, pieces):
+        wire[start : start + piece.numel()] = piece
+    return wire
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._over.set()
-        self._thread.join()
 
-    def _run(self) -> None:
-        if self._device is not None:
-            torch.cuda.set_device(self._device)
-        while not self._over.wait(self._interval_s):
-            try:
-                self._beat()
-            except RuntimeError as error:
-                # A rank is gone; the main thread raises this as soon as its work is over.
-                self.error = error
-                return
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNED) * _ALIGNED
 
 
 def _portable(error: BaseException) -> BaseException:

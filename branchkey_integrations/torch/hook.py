@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import numbers
@@ -19,12 +20,15 @@ from branchkey_integrations.errors import (
     LayoutError,
     WeightingError,
 )
-from branchkey_integrations.options import RoundOptions
+from branchkey_integrations.options import RoundOptions, finite_metrics
 from branchkey_integrations.outcome import LeafClient, RoundOutcome
 from branchkey_integrations.rounds import RoundEngine
+from branchkey_integrations.torch.attentive import Attentive
 from branchkey_integrations.torch.distributed import Coordinator
 from branchkey_integrations.torch.optimizer import check_optimizers, reset_moments
 from branchkey_integrations.torch.parameters import TorchParameters
+from branchkey_integrations.torch.sharded import ShardedParameters
+from branchkey_integrations.torch.shards import is_sharded
 
 _log = logging.getLogger("branchkey_integrations.torch")
 
@@ -50,14 +54,18 @@ class BranchKeyHook:
     :meth:`step` alike. Rank 0 alone talks to the platform; samples are summed over the ranks, metrics are those of rank 0,
     and every rank returns the same outcome or raises the same error. Give a function that makes the client: only rank 0
     calls it. A ready client on another rank would take this leaf's notifications away from rank 0; it is closed, with a
-    warning. ``Gate(metric=...)`` runs on rank 0 alone and must therefore use the unwrapped model (``ddp.module``).
+    warning. ``Gate(metric=...)`` runs on rank 0 alone and must therefore use the unwrapped model (``ddp.module``). When a
+    rank dies, the others raise within seconds, however long they would have waited (with NCCL after its own timeout).
+
+    A model may lie in shards on the ranks (``fully_shard``, FullyShardedDataParallel, tensor parallelism). Its layers are
+    those of the whole model; each is put together only while it is read. ``Gate(metric=...)`` then runs on every rank, since
+    a forward pass needs them all, and rank 0's value counts.
 
     Args:
-        model: the module, plain or wrapped by DDP, DataParallel or ``torch.compile``. A lazy module is checked at the
-            first round instead of now.
+        model: the module, plain or wrapped by DDP, DataParallel or ``torch.compile``, or sharded. A lazy module is checked
+            at the first round instead of now.
         client: an open client, or a function without arguments that makes one. The hook closes only what it made.
         optimizer: the optimizer, or several; needed by ``optimizer_state="reset"`` alone.
-        journal: folder of the journal where the option of this name is None; for adapters that know a good place.
         options: those of :class:`~branchkey_integrations.options.RoundOptions`; ``progress`` does nothing here.
 
     Raises:
@@ -72,7 +80,8 @@ class BranchKeyHook:
         self._owned: Client | LeafClient | None = None
         self.history: list[RoundOutcome] = []
         # Each part may fail on one rank alone; the others must hear of it before they wait for that rank.
-        self._coordinator.agree(lambda: self._check(model, optimizer, options))
+        self._coordinator.agree(lambda: self._choose(options))
+        self._coordinator.agree(lambda: self._check(model, optimizer))
         self._engine = self._open(client)
 
     @property
@@ -138,26 +147,60 @@ class BranchKeyHook:
         self._require_open()
         return self._note(self._collect(wait))
 
+    def report(self, metrics: Mapping[str, Any], *, mode: str) -> None:
+        """Send metrics of the aggregate that was loaded last; a platform that does not take them costs a warning.
+
+        Nothing is sent with ``report_metrics=False``. On several ranks every one calls it, and those of rank 0 count.
+
+        Args:
+            metrics: by name; finite numbers are sent.
+            mode: ``"test"``, ``"train"`` or ``"non-federated"``.
+        """
+        self._require_open()
+        numbers = finite_metrics(metrics)
+
+        def send() -> None:
+            about = self._engine.last_applied
+            if not numbers or about is None:
+                return
+            try:
+                self._engine.client.send_performance_metrics(about, numbers, mode)
+            except ClientClosedError:
+                raise
+            except BranchKeyError as error:
+                _log.warning("round %d: metrics were not taken: %s", self.round, error)
+
+        if self._options.report_metrics:
+            self._coordinator.run_on_main(send)
+
     def state_dict(self) -> dict[str, Any]:
         """Give what a checkpoint must hold, as plain types without secrets or weights; the same on every rank."""
         return {"calls": self._calls, "rounds": self._engine.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where a checkpoint left off, pending round included.
+        """Go on where a checkpoint left off, pending round included. Every rank calls it, and rank 0's state counts.
 
         Raises:
-            ConfigurationError: it is the state of another leaf or branch, or no state of a hook.
+            ConfigurationError: on any rank, it is the state of another leaf or branch, or no state of a hook.
         """
-        calls, rounds = state.get("calls"), state.get("rounds")
-        if not isinstance(calls, int) or not isinstance(rounds, Mapping):
-            raise ConfigurationError(
-                what="state",
-                expected="what state_dict() gave",
-                found=f"keys {', '.join(map(str, state)) or 'none'}",
-                fix="Pass the state of a BranchKeyHook",
-            )
-        self._engine.load_state_dict(rounds)
-        self._calls = calls
+
+        def load() -> None:
+            calls, rounds = state.get("calls"), state.get("rounds")
+            if not isinstance(calls, int) or not isinstance(rounds, Mapping):
+                raise ConfigurationError(
+                    what="state",
+                    expected="what state_dict() gave",
+                    found=f"keys {', '.join(map(str, state)) or 'none'}",
+                    fix="Pass the state of a BranchKeyHook",
+                )
+            self._engine.load_state_dict(rounds)
+            self._calls = calls
+
+        self._coordinator.agree(load)
+        # Rank 0 may know more of the pending round, from its journal; the others must see it as pending or not alike.
+        known = self._coordinator.run_on_main(self._engine.state_dict)
+        if not self._coordinator.is_main:
+            self._engine.load_state_dict(known)
 
     def close(self) -> None:
         """Refuse further rounds, and close the client if the hook made it. May be repeated."""
@@ -175,12 +218,21 @@ class BranchKeyHook:
 
     # --- making it ---------------------------------------------------------------------------------------------------
 
-    def _check(self, model: nn.Module, optimizer: object, options: Mapping[str, Any]) -> None:
+    def _choose(self, options: Mapping[str, Any]) -> None:
         self._options = RoundOptions.of(**options)
-        self._store = TorchParameters(model, parameters=self._options.parameters, buffers=self._options.buffers)
-        if not self._store.is_lazy:
-            self._store.layout()
+
+    def _check(self, model: nn.Module, optimizer: object) -> None:
+        self._store: TorchParameters | ShardedParameters
+        selection, buffers = self._options.parameters, self._options.buffers
+        if isinstance(model, nn.Module) and is_sharded(model):
+            self._store = ShardedParameters(model, self._coordinator, parameters=selection, buffers=buffers)
+        else:
+            self._store = TorchParameters(model, parameters=selection, buffers=buffers)
+            if not self._store.is_lazy:
+                self._store.layout()
         reset = self._options.optimizer_state == "reset"
+        if reset and isinstance(self._store, ShardedParameters):
+            self._store.check_separable()
         self._optimizers = check_optimizers(optimizer, self._store.tensors()) if reset else ()
 
     def _open(self, source: ClientSource) -> RoundEngine:
@@ -200,7 +252,9 @@ class BranchKeyHook:
                     fix="Make it with branchkey_integrations.Client(credentials)",
                 )
             leaf = cast(LeafClient, client)
-            engines.append(RoundEngine(leaf, self._options))
+            if self._coordinator.size > 1:
+                leaf = cast(LeafClient, Attentive(leaf, self._coordinator))
+            engines.append(RoundEngine(leaf, self._judging_together()))
             return leaf.leaf_id, leaf.branch_id
 
         leaf_id, branch_id = self._coordinator.run_on_main(make)
@@ -215,6 +269,14 @@ class BranchKeyHook:
             cast(Client, source).close()
         # Rank 0 alone notes its rounds.
         return RoundEngine(cast(LeafClient, _Absent(leaf_id, branch_id)), replace(self._options, journal=False))
+
+    def _judging_together(self) -> RoundOptions:
+        """Give the options of rank 0's engine: of a sharded model the user's metric needs a forward pass of all ranks."""
+        gate = self._options.gate
+        if gate.metric is None or not isinstance(self._store, ShardedParameters):
+            return self._options
+        ask = functools.partial(self._coordinator.everywhere, "metric", in_main_thread=True)
+        return replace(self._options, gate=replace(gate, metric=ask))
 
     def _require_open(self) -> None:
         if self._closed:
@@ -233,7 +295,8 @@ class BranchKeyHook:
         outcome = self._half(lambda: self._engine.collect(self._store, wait=wait))
         if outcome.status == "applied":
             tensors = self._store.tensors()
-            self._coordinator.share(tensors)
+            if isinstance(self._store, TorchParameters):
+                self._coordinator.share(tensors)
             for tensor in tensors:
                 if tensor.is_leaf and tensor.grad is not None:
                     tensor.grad = None
@@ -243,11 +306,16 @@ class BranchKeyHook:
 
     def _align(self, samples: float | None) -> float | None:
         """Make sure that all ranks hold the same layers, and give the sum of their samples."""
+        sharded = self._store if isinstance(self._store, ShardedParameters) else None
         if self._coordinator.size == 1:
+            if sharded is not None:
+                sharded.refresh()
             return samples
 
         def mine() -> tuple[str, float | None]:
             try:
+                if sharded is not None:
+                    sharded.refresh()
                 layers = self._store.layout().fingerprint
             except BranchKeyError as error:
                 # The same trouble on every rank is for the engine to judge, by the policy for errors.
@@ -284,7 +352,17 @@ class BranchKeyHook:
                 new = self._engine.history[known:]
                 return (new[-1] if new else None), error, self._engine.state_dict()
 
-        outcome, error, state = self._coordinator.run_on_main(judged)
+        sharded = self._store if isinstance(self._store, ShardedParameters) else None
+        parts = {} if sharded is None else {**sharded.parts, "metric": self._options.gate.score}
+        try:
+            outcome, error, state = self._coordinator.run_on_main(judged, parts)
+        except BaseException:
+            if sharded is not None:
+                # The others may be gone; what lies on this rank is put right all the same.
+                sharded.settle()
+            raise
+        if sharded is not None:
+            sharded.finish()
         if not self._coordinator.is_main:
             self._engine.load_state_dict(state)
         if error is not None:

@@ -42,6 +42,11 @@ def unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
+def is_fully_sharded(module: nn.Module) -> bool:
+    """Tell whether ``fully_shard`` (FSDP2) was applied to ``module`` itself; it changes the module's class."""
+    return any(cls.__name__ == "FSDPModule" and cls.__module__.startswith("torch.") for cls in type(module).__mro__)
+
+
 class CanonicalNames:
     """Translate names of one module's parameters and buffers, as ``named_parameters()`` gives them, into canonical ones."""
 

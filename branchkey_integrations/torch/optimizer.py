@@ -21,34 +21,42 @@ _FACTORED_MOMENTS = frozenset({"row_var", "col_var"})
 
 
 def check_optimizers(optimizer: object, tensors: Iterable[Tensor]) -> tuple[torch.optim.Optimizer, ...]:
-    """Return the optimizers whose moments can be cleared for ``tensors``.
+    """Return those of the optimizers that hold moments for ``tensors``.
+
+    With a selection of parameters some of several optimizers may hold none of them; those are left alone.
 
     Args:
         optimizer: one optimizer or several.
         tensors: the federated parameters.
 
     Raises:
-        ConfigurationError: none given, no optimizer, LBFGS (it keeps one history for all parameters), or one that holds
-            none of the federated parameters.
+        ConfigurationError: none given, no optimizer, none that holds a federated parameter, or LBFGS (it keeps one
+            history for all parameters).
     """
     several = tuple(optimizer) if isinstance(optimizer, (list, tuple)) else (optimizer,)
-    known = {id(tensor) for tensor in tensors}
+    problem = ConfigurationError(
+        what="optimizer", expected="the optimizer that trains the model", fix="Pass optimizer=optimizer to the hook"
+    )
     for one in several or (None,):
-        problem = ConfigurationError(
-            what="optimizer", expected="the optimizer that trains the model", fix="Pass optimizer=optimizer to the hook"
-        )
         if not isinstance(one, torch.optim.Optimizer):
             problem.found = type(one).__name__ if one is not None else 'none, with optimizer_state="reset"'
             raise problem
-        if isinstance(one, torch.optim.LBFGS):
-            problem.found = "LBFGS, which keeps one history for all parameters"
-            problem.fix = 'Use optimizer_state="keep" with it'
-            raise problem
-        if not any(id(parameter) in known for group in one.param_groups for parameter in group["params"]):
-            problem.found = f"{type(one).__name__} that holds none of the federated parameters"
-            problem.fix = "Build the optimizer from this model's parameters, and the hook after it"
-            raise problem
-    return several
+    known = {id(tensor) for tensor in tensors}
+    concerned = tuple(
+        one
+        for one in several
+        if any(id(parameter) in known for group in one.param_groups for parameter in group["params"])
+    )
+    if not concerned:
+        names = ", ".join(type(one).__name__ for one in several)
+        problem.found = f"{names} that {'holds' if len(several) == 1 else 'hold'} none of the federated parameters"
+        problem.fix = "Build the optimizer from this model's parameters, and the hook after it"
+        raise problem
+    if any(isinstance(one, torch.optim.LBFGS) for one in concerned):
+        problem.found = "LBFGS, which keeps one history for all parameters"
+        problem.fix = 'Use optimizer_state="keep" with it'
+        raise problem
+    return concerned
 
 
 def reset_moments(optimizers: Sequence[torch.optim.Optimizer], tensors: Iterable[Tensor]) -> int:

@@ -9,9 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from branchkey_integrations.archive import Archive
 from branchkey_integrations.errors import ConfigurationError, LayoutError
 from branchkey_integrations.parameters import LayerSpec, Layout, Selection, Selector, headers_of
-from branchkey_integrations.torch.names import CanonicalNames, persistent_buffers, unwrap, wrapped_child
+from branchkey_integrations.torch.names import (
+    CanonicalNames,
+    is_fully_sharded,
+    persistent_buffers,
+    unwrap,
+    wrapped_child,
+)
+from branchkey_integrations.torch.streams import TensorLayer, live_layer, load_in_place
 
 #: Types that numpy lacks; float32 holds each of their values exactly.
 _WIDENED = ("bfloat16", "float8_e4m3fn", "float8_e5m2")
@@ -78,18 +86,31 @@ class TorchParameters:
         selected = self._select()
         arrays = []
         for spec, (_, tensor) in zip(_layout(selected), selected):
-            array = np.empty(spec.shape, np.float32 if spec.dtype in _WIDENED else spec.dtype)
+            array = np.empty(spec.shape, numpy_type(tensor.dtype))
             with torch.no_grad():
                 torch.from_numpy(array).copy_(tensor)
             arrays.append(array)
         return arrays
+
+    def view(self) -> list[np.ndarray | TensorLayer]:
+        """Give the selected parameters as :meth:`read` does, but without a copy: live, and read while they are written.
+
+        They must not change until whoever got them is done.
+
+        Raises:
+            ConfigurationError, LayoutError: as :meth:`layout`.
+        """
+        selected = self._select()
+        _layout(selected)
+        return [live_layer(tensor, numpy_type(tensor.dtype)) for _, tensor in selected]
 
     def write(self, arrays: Sequence[np.ndarray]) -> None:
         """Copy ``arrays`` into the parameters in place: all of them, or none and an error.
 
         Storage, device, dtype, strides, ``requires_grad`` and the optimizer's references stay. Everything is decoded,
         checked and converted in main memory before the first parameter is touched, which needs the size of the model
-        once more; a failure after that, an interrupt included, is undone before it is raised.
+        once more; a failure after that, an interrupt included, is undone before it is raised. An archive that nobody else
+        can change (the client's) is checked and then unpacked in place, in a megabyte; an interrupt waits until it is in.
 
         Args:
             arrays: one numpy array a layer, of the layer's shape; any real type and byte order for a floating layer,
@@ -99,11 +120,15 @@ class TorchParameters:
         Raises:
             LayoutError: count, shape, dtype or range does not fit.
             ConfigurationError: as :meth:`layout`.
+            MixedModelError: the disk failed while an archive was unpacked in place.
         """
         selected = self._select()
         layout = _layout(selected)
+        if isinstance(arrays, Archive) and arrays.private:
+            load_in_place(layout, [tensor for _, tensor in selected], arrays)
+            return
         layout.check_headers(headers_of(arrays))
-        staged = [_stage(layout, index, tensor, arrays[index]) for index, (_, tensor) in enumerate(selected)]
+        staged = [stage(layout, index, tensor, arrays[index]) for index, (_, tensor) in enumerate(selected)]
         _commit([tensor for _, tensor in selected], staged)
 
     def _select(self) -> list[tuple[str, Tensor]]:
@@ -147,6 +172,14 @@ def _check_module(module: object) -> None:
 def _check_gathered(root: nn.Module) -> None:
     """Refuse a fully sharded module whose parameters are shards just now."""
     for path, module in root.named_modules():
+        if is_fully_sharded(module):
+            # Even where they lie there whole for a while: nothing that is written into them then would last.
+            raise LayoutError(
+                what=f"model{f' ({path})' if path else ''}",
+                expected="whole parameters",
+                found="a module under fully_shard, of which each rank holds a shard",
+                fix="Give the model to BranchKeyHook, which puts layers together one by one",
+            )
         if wrapped_child(module) != "_fsdp_wrapped_module":
             continue
         state = getattr(module, "training_state", None)
@@ -155,7 +188,8 @@ def _check_gathered(root: nn.Module) -> None:
                 what=f"model{f' ({path})' if path else ''}",
                 expected="whole parameters",
                 found="FullyShardedDataParallel, which holds a shard of each",
-                fix="Call inside FullyShardedDataParallel.summon_full_params(model, writeback=True)",
+                fix="Give the model to BranchKeyHook, or call inside "
+                "FullyShardedDataParallel.summon_full_params(model, writeback=True)",
             )
 
 
@@ -183,18 +217,34 @@ def _obstacle(tensor: Tensor) -> tuple[str, str] | None:
 
 
 def _layout(selected: Sequence[tuple[str, Tensor]]) -> Layout:
-    specs = []
-    for name, tensor in selected:
-        obstacle = _obstacle(tensor)
-        if obstacle is not None:
-            found, fix = obstacle
-            raise LayoutError(what=name, expected="a dense tensor of real numbers", found=found, fix=fix)
-        specs.append(LayerSpec(name, tuple(tensor.shape), str(tensor.dtype).split(".")[-1]))
-    return Layout(tuple(specs))
+    return Layout(tuple(describe(name, tensor) for name, tensor in selected))
 
 
-def _stage(layout: Layout, index: int, tensor: Tensor, array: np.ndarray) -> Tensor:
-    """Decode and convert one layer into a new tensor in main memory, of the parameter's dtype and, if dense, strides."""
+def describe(name: str, tensor: Tensor) -> LayerSpec:
+    """Describe ``tensor`` as a layer.
+
+    Raises:
+        LayoutError: it cannot be one.
+    """
+    obstacle = _obstacle(tensor)
+    if obstacle is not None:
+        found, fix = obstacle
+        raise LayoutError(what=name, expected="a dense tensor of real numbers", found=found, fix=fix)
+    return LayerSpec(name, tuple(tensor.shape), str(tensor.dtype).split(".")[-1])
+
+
+def numpy_type(dtype: torch.dtype) -> np.dtype:
+    """Give the type of array that holds every value of ``dtype``."""
+    name = str(dtype).split(".")[-1]
+    return np.dtype(np.float32 if name in _WIDENED else name)
+
+
+def stage(layout: Layout, index: int, tensor: Tensor, array: np.ndarray) -> Tensor:
+    """Decode and convert one layer into a new tensor in main memory, of the parameter's dtype and, if dense, strides.
+
+    Raises:
+        LayoutError: ``array`` is not what its header said, or holds a value that the parameter cannot.
+    """
     spec = layout.layers[index]
     # A lazy sequence decodes here; what comes out is held to its header, because copyto would broadcast.
     if array.shape != spec.shape or array.dtype.kind not in ("fiub" if spec.is_float else "iub"):

@@ -56,7 +56,9 @@ def client_of(sandbox: Sandbox, index: int, channel: str = "websocket") -> Clien
     if channel == "amqp":
         url = urlsplit(sandbox.rabbitmq_url)
         broker = {"rbmq_host": url.hostname, "rbmq_port": url.port}
-    return Client(sandbox.credentials[index], host=sandbox.url, retry=RetryPolicy(backoff_s=0.05), **broker)
+    return Client(
+        sandbox.credentials[index], host=sandbox.url, retry=RetryPolicy(backoff_s=0.05), quarantine_dir=False, **broker
+    )
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from branchkey_integrations.sandbox import Sandbox
 BACKENDS = ["tensorflow", "torch", "jax"]
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
-SUITES = [str(HERE / name) for name in ("keras_parameters_suite.py", "keras_suite.py")]
-LIMIT_S = 300  # for machines that others use as well; alone on two cores all of it takes less than a minute
+SUITES = sorted(str(path) for path in HERE.glob("keras_*suite.py"))
+LIMIT_S = 900  # for machines that others use as well; alone on two cores all of it takes less than two minutes
 
 
 def start(backend, arguments, folder):
@@ -30,6 +30,9 @@ def start(backend, arguments, folder):
         "TF_NUM_INTEROP_THREADS": "1",
         "TF_CPP_MIN_LOG_LEVEL": "2",
         "JAX_PLATFORMS": "cpu",
+        # What torch compiles for jit_compile=True, and with how many processes: one knows the compiler already.
+        "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
     }
     with (folder / f"{backend}.log").open("w") as log:
         return subprocess.Popen(
@@ -51,7 +54,15 @@ def suites(tmp_path_factory):
     running = {}
     try:
         for backend in BACKENDS:
-            options = ["-q", "-p", "no:cacheprovider", "--timeout=120", f"--basetemp={folder / backend}"]
+            options = [
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "tests.support.keras_branch",
+                "--timeout=300",
+                f"--basetemp={folder / backend}",
+            ]
             running[backend] = start(backend, ["-m", "pytest", *SUITES, *options], folder)
         yield folder, running
     finally:

@@ -205,6 +205,8 @@ def test_a_monitored_checkpoint_holds_exactly_the_weights_that_had_the_score(tmp
 def plain(value):
     if isinstance(value, dict):
         return all(type(key) is str and plain(item) for key, item in value.items())
+    if isinstance(value, list):
+        return type(value) is list and all(plain(item) for item in value)
     return value is None or type(value) in (str, int, float, bool)
 
 

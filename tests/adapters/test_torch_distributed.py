@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import _thread
 import threading
-import time
 
 import pytest
 import torch
@@ -172,31 +171,89 @@ def test_without_signs_of_life_the_group_would_time_out(tmp_path):
     assert "imed out" in str(answers[1].error)
 
 
-def die_on_rank_1(rank):
-    coordinator = Coordinator(beat_s=0.1)
-    if rank == 1:
-        os._exit(3)
+# ---- parts of the work on every rank ------------------------------------------------------------------------------
+
+
+def sum_in_parts(rank):
+    coordinator = Coordinator(beat_s=0.05)
+    seen = []
+
+    def add(number):
+        seen.append((number, threading.current_thread() is threading.main_thread()))
+        total = torch.tensor([float(number + rank)])
+        dist.all_reduce(total)
+        return total.item()
 
     def work():
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline and any(t.name == "branchkey-beats" for t in threading.enumerate()):
-            threading.Event().wait(0.02)
-        return "uploaded"
+        found = [coordinator.everywhere("add", 10), coordinator.everywhere("add", 20, in_main_thread=True)]
+        threading.Event().wait(0.3)  # time for signs of life between two parts
+        return [*found, coordinator.everywhere("add", 30)]
+
+    return coordinator.run_on_main(work, {"add": add}), seen, coordinator.run_on_main(lambda: "next")
+
+
+def test_rank_0_can_call_every_rank_to_parts_of_its_work(ranks):
+    first, second = ranks.values(sum_in_parts)
+    assert first[0] == second[0] == [21.0, 41.0, 61.0]
+    assert first[1] == [(10, False), (20, True), (30, False)]
+    assert second[1] == [(10, True), (20, True), (30, True)]
+    assert first[2] == second[2] == "next"
+
+
+def fail_in_a_part(rank, failing):
+    coordinator = Coordinator(beat_s=0.05)
+
+    def part():
+        if rank in failing:
+            raise LookupError(f"on rank {rank}")
+        return rank
+
+    def work():
+        try:
+            coordinator.everywhere("part")
+        except LookupError as error:
+            return f"heard: {error}"
+        return None
+
+    heard = coordinator.run_on_main(work, {"part": part})
+    raised = None
+    try:
+        coordinator.run_on_main(lambda: coordinator.everywhere("part"), {"part": part})
+    except LookupError as error:
+        raised = str(error)
+    return heard, raised, coordinator.agree(lambda: 7)
+
+
+@pytest.mark.parametrize(("failing", "expected"), [([0], "on rank 0"), ([1], "on rank 1"), ([0, 1], "on rank 0")])
+def test_an_error_in_a_part_is_for_rank_0_to_judge(ranks, failing, expected):
+    assert ranks.values(fail_in_a_part, failing) == [(f"heard: {expected}", expected, [7, 7])] * 2
+
+
+def interrupt_in_a_part(rank):
+    coordinator = Coordinator(beat_s=0.05)
+
+    def part():
+        if rank == 0:
+            _thread.interrupt_main()
+            threading.Event().wait(0.2)  # the interrupt comes while the collective is still to be done
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        return total.item()
 
     try:
-        coordinator.run_on_main(work)
-    except RuntimeError as error:
-        return type(error).__name__, threading.active_count()
+        coordinator.run_on_main(lambda: coordinator.everywhere("part"), {"part": part})
+    except KeyboardInterrupt:
+        return coordinator.agree(lambda: "in step")
     return None
 
 
-def test_rank_0_learns_that_another_rank_died(tmp_path):
-    with Ranks(tmp_path) as both:
-        survivor, dead = both.run(die_on_rank_1)
-    assert isinstance(dead.error, EOFError)
-    assert survivor.error is None, survivor.traceback
-    assert survivor.value == ("RuntimeError", 1) or survivor.value == ("DistBackendError", 1)
-    assert survivor.seconds < 10
+def test_an_interrupt_does_not_tear_a_part_in_two(ranks):
+    assert ranks.values(interrupt_in_a_part) == [["in step"] * 2] * 2
+
+
+def test_single_process_does_parts_itself():
+    coordinator = Coordinator()
+    assert coordinator.run_on_main(lambda: coordinator.everywhere("twice", 4) + 1, {"twice": lambda n: 2 * n}) == 9
 
 
 # ---- agreeing -----------------------------------------------------------------------------------------------------
@@ -257,6 +314,9 @@ def share_tensors(rank):
         live[name] = nn.Parameter(start, requires_grad=value.is_floating_point())
     live["line"] = nn.Parameter(torch.zeros(10)[::2] if rank else values["line"].clone())
     live["strided"] = nn.Parameter(torch.zeros(12, 4)[::2] if rank else values["strided"].clone())
+    # Of more than one bucket, together with those around it.
+    values["large"] = torch.randn(3 * 1024 * 1024)
+    live["large"] = nn.Parameter(values["large"].clone() if rank == 0 else torch.zeros(3 * 1024 * 1024))
     with torch.inference_mode():
         live["inference"] = nn.Parameter(torch.full((2,), 0.0 if rank else 6.0))
     values["inference"] = torch.full((2,), 6.0)

@@ -3,29 +3,25 @@
 from __future__ import annotations
 
 import copy
-import io
 import json
 import subprocess
 import sys
-import zipfile
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from branchkey_integrations import Client, Gate, RoundOutcome
+from branchkey_integrations import Client, RoundOutcome
 from branchkey_integrations.errors import (
-    AggregateRejectedError,
-    ArchiveError,
     ClientClosedError,
     ConfigurationError,
     LayoutError,
-    RoundTimeoutError,
     WeightingError,
 )
 from branchkey_integrations.sandbox import Sandbox
 from branchkey_integrations.torch import BranchKeyHook, TorchParameters
+from tests.support.torch_nets import Net, fitting, seeded, snapshot, train
 
 torch.set_num_threads(1)
 
@@ -39,7 +35,7 @@ def sandbox():
 
 @pytest.fixture
 def client(sandbox):
-    with Client(sandbox.credentials[0].to_dict(), host=sandbox.url) as leaf:
+    with Client(sandbox.credentials[0].to_dict(), host=sandbox.url, quarantine_dir=False) as leaf:
         yield leaf
 
 
@@ -52,48 +48,8 @@ def silent():
 
 @pytest.fixture
 def waiting(silent):
-    with Client(silent.credentials[0].to_dict(), host=silent.url) as leaf:
+    with Client(silent.credentials[0].to_dict(), host=silent.url, quarantine_dir=False) as leaf:
         yield leaf
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Linear(3, 4)
-        self.norm = nn.BatchNorm1d(4)
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x):
-        return self.head(self.norm(self.body(x)).relu())
-
-
-def seeded(make=Net, seed=0):
-    torch.manual_seed(seed)
-    return make()
-
-
-def train(model, optimizer, steps=2):
-    width = next(model.parameters()).shape[-1]
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(torch.randn(8, width)).square().mean().backward()
-        optimizer.step()
-
-
-def snapshot(model, optimizer=None):
-    """Every bit that a failed round must leave alone: parameters, buffers, gradients, optimizer state, its settings."""
-
-    def raw(tensor):
-        return tensor.detach().clone().contiguous().reshape(-1).view(torch.uint8).tolist(), tensor.dtype, tensor.shape
-
-    picture = {name: raw(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    for name, parameter in model.named_parameters():
-        picture[f"{name}.grad"] = None if parameter.grad is None else raw(parameter.grad)
-        for key, value in (optimizer.state.get(parameter, {}) if optimizer else {}).items():
-            picture[f"{name}.{key}"] = raw(value) if isinstance(value, torch.Tensor) else value
-    for index, group in enumerate(optimizer.param_groups if optimizer else []):
-        picture[f"group {index}"] = {key: value for key, value in group.items() if key != "params"}
-    return picture
 
 
 # ---- a round ------------------------------------------------------------------------------------------------------
@@ -283,244 +239,6 @@ def test_reset_needs_the_models_own_optimizer(client):
     stranger = torch.optim.SGD(nn.Linear(2, 1).parameters(), lr=0.1)
     with pytest.raises(ConfigurationError, match="holds none of the federated parameters"):
         BranchKeyHook(model, client, optimizer_state="reset", optimizer=stranger)
-
-
-# ---- aggregates that must not get in ------------------------------------------------------------------------------
-
-
-def fitting(model):
-    return [np.full(tuple(p.shape), 0.25, np.float32) for p in model.parameters()]
-
-
-def replaced(index, array):
-    def make(model):
-        arrays = fitting(model)
-        arrays[index] = array
-        return arrays
-
-    return make
-
-
-def archive_of(entries):
-    """An NPZ as anybody may write it, correct or not."""
-    target = io.BytesIO()
-    with zipfile.ZipFile(target, "w") as file:
-        for name, value in entries.items():
-            content = value
-            if not isinstance(value, bytes):
-                buffer = io.BytesIO()
-                np.lib.format.write_array(buffer, value, allow_pickle=True)
-                content = buffer.getvalue()
-            file.writestr(f"{name}.npy", content)
-    return target.getvalue()
-
-
-def named(change):
-    return lambda model: archive_of(change({f"layer_{i}": array for i, array in enumerate(fitting(model))}))
-
-
-def corrupted(model):
-    content = bytearray(archive_of({f"layer_{i}": array for i, array in enumerate(fitting(model))}))
-    content[content.index(np.full(8, 0.25, np.float32).tobytes()) + 4] ^= 0xFF  # inside the values of a layer
-    return bytes(content)
-
-
-WRONG = {
-    "shape": replaced(1, np.zeros(1, np.float32)),
-    "last shape": replaced(5, np.zeros(3, np.float32)),
-    "transposed": replaced(4, np.zeros((4, 2), np.float32)),
-    "scalar": replaced(1, np.zeros((), np.float32)),
-    "too few": lambda model: fitting(model)[:-1],
-    "too many": lambda model: [*fitting(model), np.zeros(1)],
-    "nan": replaced(5, np.array([0.0, np.nan], np.float32)),
-    "infinite": replaced(0, np.full((4, 3), -np.inf)),
-    "overflow": replaced(5, np.array([0.0, 1e39])),
-    "complex": named(lambda layers: {**layers, "layer_2": np.zeros(4, complex)}),
-    "text": named(lambda layers: {**layers, "layer_2": np.array(["a"] * 4)}),
-    "objects": named(lambda layers: {**layers, "layer_2": np.array([None] * 4)}),
-    "gap": named(lambda layers: {**{k: v for k, v in layers.items() if k != "layer_3"}, "layer_6": layers["layer_3"]}),
-    "bad number": named(
-        lambda layers: {**{k: v for k, v in layers.items() if k != "layer_3"}, "layer_03": layers["layer_3"]}
-    ),
-    "no layers": named(lambda layers: {"weighting": np.ones(1)}),
-    "raw member": named(lambda layers: {**layers, "layer_5": b"\x00" * 8}),
-    "truncated": lambda model: named(dict)(model)[:-40],
-    "corrupted": corrupted,
-    "bare npy": lambda model: archive_of({"layer_0": np.zeros(2)})[30:],
-    "xml": lambda model: b"<Error><Code>AccessDenied</Code></Error>",
-    "empty": lambda model: b"",
-}
-
-
-def hand_out(branch, wrong, model):
-    content = wrong(model)
-    if isinstance(content, bytes):
-        branch.publish_raw(content)
-    else:
-        branch.publish(content)
-
-
-@pytest.mark.parametrize("kind", WRONG)
-def test_wrong_aggregate_changes_nothing_and_the_next_round_works(silent, waiting, kind):
-    model = seeded()
-    optimizer = torch.optim.Adam(model.parameters(), amsgrad=True)
-    train(model, optimizer)
-    hook = BranchKeyHook(
-        *(model, waiting), optimizer=optimizer, optimizer_state="reset", on_error="keep_local", timeout_s=20
-    )
-    before = snapshot(model, optimizer)
-    assert hook.submit(samples=1).status == "pending"
-    hand_out(silent, WRONG[kind], model)
-    outcome = hook.collect()
-    assert snapshot(model, optimizer) == before
-    assert outcome.status in ("rejected", "skipped")
-    assert outcome.aggregation_id == silent.aggregates[0]
-    assert outcome.aggregation_id in outcome.reason
-    assert "local weights are kept" in outcome.reason
-
-    train(model, optimizer, steps=1)
-    assert hook.submit(samples=1).status == "pending"
-    silent.publish(fitting(model))
-    assert hook.collect().status == "applied"
-    assert all(bool((p == 0.25).all()) for p in model.parameters())
-
-
-@pytest.mark.parametrize("kind", ["shape", "nan", "too few", "corrupted", "objects"])
-def test_wrong_aggregate_is_an_error_by_default(silent, waiting, kind):
-    model = seeded()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    train(model, optimizer)
-    hook = BranchKeyHook(model, waiting, optimizer=optimizer, optimizer_state="reset")
-    before = snapshot(model, optimizer)
-    hook.submit(samples=1)
-    hand_out(silent, WRONG[kind], model)
-    with pytest.raises(AggregateRejectedError) as caught:
-        hook.collect()
-    assert caught.value.aggregation_id == silent.aggregates[0]
-    assert snapshot(model, optimizer) == before
-    assert hook.last_outcome.status == "rejected"
-
-
-def test_value_too_large_for_half_precision_is_refused_by_name(silent, waiting):
-    model = seeded(lambda: nn.Linear(2, 2).half())
-    before = snapshot(model)
-    hook = BranchKeyHook(model, waiting)
-    hook.submit(samples=1)
-    silent.publish([np.ones((2, 2), np.float32), np.array([1.0, 70000.0], np.float32)])
-    with pytest.raises(AggregateRejectedError, match=r"layer_1 \(bias\): expected values .*65504.*found 70000"):
-        hook.collect()
-    assert snapshot(model) == before
-
-
-def test_aggregate_that_makes_the_users_metric_drop_is_taken_back(silent, waiting):
-    model = seeded()
-    optimizer = torch.optim.Adam(model.parameters())
-    train(model, optimizer)
-    seen = []
-
-    def metric():
-        seen.append(bool((model.head.bias == 0.25).all()))
-        return 0.2 if seen[-1] else 0.9
-
-    hook = BranchKeyHook(
-        *(model, waiting), optimizer=optimizer, optimizer_state="reset", gate=Gate(max_metric_drop=0.5, metric=metric)
-    )
-    before = snapshot(model, optimizer)
-    hook.submit(samples=1)
-    silent.publish(fitting(model))
-    with pytest.raises(AggregateRejectedError, match="your metric"):
-        hook.collect()
-    assert seen == [False, True]
-    assert snapshot(model, optimizer) == before
-
-
-def test_aggregate_with_an_outlandish_norm_is_refused(silent, waiting):
-    model = seeded()
-    hook = BranchKeyHook(model, waiting, gate=Gate(max_norm_ratio=10))
-    before = snapshot(model)
-    hook.submit(samples=1)
-    silent.publish([array * 1e6 for array in fitting(model)])
-    with pytest.raises(AggregateRejectedError, match="its norm"):
-        hook.collect()
-    assert snapshot(model) == before
-
-
-# ---- rounds that do not happen ------------------------------------------------------------------------------------
-
-
-def test_layout_that_changed_between_rounds_is_refused_before_upload(sandbox, client):
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    hook = BranchKeyHook(model, client, parameters="trainable")
-    hook.step(samples=1)
-    model[0].requires_grad_(False)
-    before = snapshot(model)
-    with pytest.raises(LayoutError, match="4 layers became 2"):
-        hook.step(samples=1)
-    assert sandbox.hits("upload") == 1
-    assert snapshot(model) == before
-    model[0].requires_grad_(True)
-    assert hook.step(samples=1).status == "applied"
-
-
-def test_diverged_weights_do_not_leave(sandbox, client):
-    model = nn.Linear(2, 1)
-    with torch.no_grad():
-        model.bias.fill_(float("nan"))
-    with pytest.raises(ArchiveError, match="NaN or infinity"):
-        BranchKeyHook(model, client).step(samples=1)
-    kept = BranchKeyHook(model, client, on_error="keep_local").step(samples=1)
-    assert (kept.status, sandbox.hits("upload")) == ("skipped", 0)
-
-
-def test_no_aggregate_in_time_is_an_error_or_a_note(silent, waiting):
-    model = seeded()
-    before = snapshot(model)
-    hook = BranchKeyHook(model, waiting, timeout_s=0.2)
-    with pytest.raises(RoundTimeoutError, match=r"within 0\.2 s"):
-        hook.step(samples=1)
-    assert hook.last_outcome.status == "timeout"
-    kept = BranchKeyHook(model, waiting, timeout_s=0.2, on_error="keep_local").step(samples=1)
-    assert kept.status == "timeout"
-    assert 0.2 <= kept.waited_s < 5
-    assert snapshot(model) == before
-
-
-def test_old_aggregate_does_not_answer_a_new_update(silent, waiting):
-    model = seeded()
-    silent.publish(fitting(model), "old")
-    silent.wait_for(lambda: not waiting.queue.empty())
-    before = snapshot(model)
-    outcome = BranchKeyHook(model, waiting, timeout_s=0.3, on_error="keep_local").step(samples=1)
-    assert outcome.status == "timeout"
-    assert snapshot(model) == before
-
-
-def test_stopped_run_is_said_and_paused_one_is_an_error(sandbox, client):
-    model = seeded()
-    hook = BranchKeyHook(model, client)
-    sandbox.pause()
-    sandbox.wait_for(lambda: client.run_status == "pause")
-    before = snapshot(model)
-    skipped = hook.step(samples=1)
-    assert skipped.status == "skipped"
-    assert "pause" in skipped.reason
-    sandbox.stop()
-    sandbox.wait_for(lambda: client.run_status == "stop")
-    assert hook.step(samples=1).status == "stopped"
-    assert sandbox.uploads == []
-    assert snapshot(model) == before
-
-
-def test_training_never_waits_when_told_so(silent, waiting):
-    model = seeded()
-    hook = BranchKeyHook(model, waiting, wait=False)
-    first = hook.step(samples=1)
-    assert (first.status, hook.pending) == ("pending", True)
-    silent.publish(fitting(model))
-    silent.wait_for(lambda: not waiting.queue.empty())
-    assert hook.step(samples=1).status == "applied"
-    assert all(bool((p == 0.25).all()) for p in model.parameters())
-    assert hook.collect(wait=False).status in ("pending", "skipped")
 
 
 # ---- making a hook ------------------------------------------------------------------------------------------------

@@ -81,7 +81,7 @@ def connect(at, made=None):
     def client():
         if made is not None:
             made.append(dist.get_rank())
-        return Client(credentials, host=url)
+        return Client(credentials, host=url, quarantine_dir=False)
 
     return client
 
@@ -165,34 +165,20 @@ def test_aggregate_reaches_parameters_and_buffers_of_every_rank(ranks, silent):
 
 def without_waiting(rank, at):
     model = make()
+    outcomes = []
     with BranchKeyHook(model, connect(at), wait=False, every_n_epochs=2, weighting=3) as hook:
-        return [plain(hook.step()) for _ in range(4)]
+        for _ in range(4):
+            outcomes.append(plain(hook.step()))
+            for thread in threading.enumerate():  # an update that is still on its way would hold up the next one
+                if thread.name == "branchkey-upload":
+                    thread.join(20)
+    return outcomes
 
 
 def test_rounds_without_waiting_and_skipped_epochs_are_alike(ranks, silent):
     first, second = ranks.values(without_waiting, where(silent))
     assert first == second
     assert [outcome[0] for outcome in first] == ["skipped", "pending", "skipped", "pending"]
-
-
-def wait_in_vain(rank, at, timeout_s):
-    model = make()
-    before = values(model)
-    with BranchKeyHook(model, connect(at), on_error="keep_local", timeout_s=timeout_s) as hook:
-        outcome = hook.step(samples=1)
-    # The group has to be of use after the wait as well.
-    total = torch.tensor([1.0 + rank])
-    dist.all_reduce(total)
-    return plain(outcome), outcome.waited_s, values(model) == before, total.item()
-
-
-@pytest.mark.slow
-def test_wait_longer_than_the_timeout_of_the_group_keeps_the_job_alive(ranks, silent):
-    first, second = ranks.values(wait_in_vain, where(silent), 10.0, group_timeout_s=5.0)
-    assert first == second
-    assert first[0][0] == "timeout"
-    assert first[1] >= 10.0
-    assert first[2:] == (True, 3.0)
 
 
 # ---- errors -------------------------------------------------------------------------------------------------------
@@ -354,7 +340,7 @@ def ready_client_everywhere(rank, at):
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())
     logging.getLogger("branchkey_integrations.torch").addHandler(handler)
-    with Client(credentials, host=url) as client:
+    with Client(credentials, host=url, quarantine_dir=False) as client:
         hook = BranchKeyHook(make(), client, timeout_s=20)
         after = client.is_authenticated
         status = hook.step(samples=1).status
@@ -384,10 +370,10 @@ def resume_apart(rank, at):
     with BranchKeyHook(make(), connect(at), every_n_epochs=2, timeout_s=20) as hook:
         first = hook.step(samples=1).status
         state = hook.state_dict()
-        if rank == 0:
-            hook.load_state_dict({**state, "calls": 5})
+        hook.load_state_dict({**state, "calls": 5 if rank == 0 else 2})
         later = [hook.step(samples=1).status for _ in range(2)]
-        wrong = caught(lambda: hook.load_state_dict({"calls": 1, "rounds": {"leaf_id": "other"}}))
+        foreign = {"calls": 1, "rounds": {"leaf_id": "other"}}
+        wrong = caught(lambda: hook.load_state_dict(foreign if rank == 1 else hook.state_dict()))
         return first, later, hook.state_dict(), wrong
 
 

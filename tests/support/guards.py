@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from branchkey_integrations.errors import BranchKeyError
 from tests.support import leaks, network
-from tests.support.credentials import known_secrets, register_all_credentials
+from tests.support.credentials import known_secrets, names_a_secret, register_all_credentials
 
 #: Below DEBUG and used by nobody else, so that a level set by a test can be told from the one set here.
 _EVERYTHING = 1
@@ -18,6 +19,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """Arm what lasts for the whole run."""
     network.install()
     register_all_credentials()
+    _search_all_errors()
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +44,33 @@ class _SecretSearch(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)  # with the traceback, where there is one
-        if any(secret in text for secret in known_secrets()):
+        if names_a_secret(text) or any(secret in text for secret in known_secrets()):
             self.found.append(f"{record.name} at {record.levelname}, {record.filename}:{record.lineno}")
+
+
+#: Kinds of errors that had a secret in one of their fields, in this process.
+_talkative: list[str] = []
+
+
+def _search_all_errors() -> None:
+    """From now on look at every text that becomes a field of one of our errors, whoever makes it and whoever catches it."""
+
+    def searched(self: BranchKeyError, name: str, value: object) -> None:
+        if isinstance(value, str) and names_a_secret(value):
+            _talkative.append(f"{type(self).__name__}.{name}")
+        Exception.__setattr__(self, name, value)
+
+    # Neither kept nor formatted: an error that lives longer than it would keeps sockets and threads alive with it.
+    BranchKeyError.__setattr__ = searched  # type: ignore[method-assign,assignment]
+
+
+@pytest.fixture(autouse=True)
+def secret_free_errors() -> Iterator[None]:
+    """Fail a test in which a secret gets into an error of ours, also one that was caught. Pickles hold the same fields."""
+    before = len(_talkative)
+    yield
+    if len(_talkative) > before:
+        pytest.fail("a secret stands in " + "; ".join(_talkative[before:]), pytrace=False)
 
 
 class _AsIfUnchanged(logging.Filter):

@@ -5,6 +5,13 @@ from __future__ import annotations
 import keras
 import numpy as np
 
+#: For tests to which it does not matter how a step is run: TensorFlow would trace for longer than such a fit takes, and
+#: JAX compiles a whole step faster than each operation by itself.
+QUICK = {
+    "run_eagerly": keras.backend.backend() == "tensorflow",
+    "jit_compile": keras.backend.backend() == "jax",
+}
+
 
 def make_model(**options):
     keras.utils.set_random_seed(1)

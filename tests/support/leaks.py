@@ -62,10 +62,10 @@ class Threads:
 
     def complaints(self) -> list[str]:
         """Wait a moment for the new threads to end, and name those that do not."""
-        deadline = time.monotonic() + PATIENCE_S
         new = self._new()
         if new:
             gc.collect()  # executors and loops that nobody closed end their threads when they are collected
+        deadline = time.monotonic() + PATIENCE_S  # only now: collecting takes seconds where a framework is loaded
         for thread in new:
             thread.join(max(0.0, deadline - time.monotonic()))
         return [f"thread {t.name!r} (runs {_runs(t)}) is still alive" for t in self._new()]

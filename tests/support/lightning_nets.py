@@ -14,7 +14,9 @@ torch.set_num_threads(1)
 
 
 def connect(branch, leaf=0):
-    return lambda: Client(branch.credentials[leaf], host=branch.url, retry=RetryPolicy(backoff_s=0.05))
+    return lambda: Client(
+        branch.credentials[leaf], host=branch.url, retry=RetryPolicy(backoff_s=0.05), quarantine_dir=False
+    )
 
 
 def make_net(flavour=lightning):

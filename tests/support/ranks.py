@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 import traceback
 from collections.abc import Callable
@@ -42,7 +43,7 @@ class Ranks:
         spawn = multiprocessing.get_context("spawn")
         for rank in range(self._size):
             here, there = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(there, rank, self._size), daemon=True)
+            process = spawn.Process(target=_serve, args=(there, rank, self._size, str(self._folder)), daemon=True)
             process.start()
             there.close()
             self._processes.append(process)
@@ -94,7 +95,10 @@ class Ranks:
         return [answer.value for answer in answers]
 
 
-def _serve(pipe: Connection, rank: int, size: int) -> None:
+def _serve(pipe: Connection, rank: int, size: int, folder: str) -> None:
+    # A shell that started the tests in the background has switched it off, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(folder)  # where clients leave what they refuse
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ["OMP_NUM_THREADS"] = "1"
     import datetime

@@ -1,0 +1,253 @@
+"""Send an update: now, in a thread beside training, or from the disk when the link is back."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from branchkey_integrations.background import Background
+from branchkey_integrations.errors import (
+    ApiError,
+    BranchKeyError,
+    ClientClosedError,
+    DeadlineError,
+    RunBlockedError,
+    UnreachableError,
+    UploadUncertainError,
+)
+from branchkey_integrations.outcome import LeafClient, PendingRound
+from branchkey_integrations.round_notes import RoundNotes
+from branchkey_integrations.spool import Spool
+
+logger = logging.getLogger("branchkey_integrations.rounds")
+
+#: How soon an update that waits is tried again; doubled each time, up to the longest.
+FIRST_DELAY_S = 1.0
+LONGEST_DELAY_S = 60.0
+_CLOSING_S = 30.0
+
+
+@dataclass(frozen=True)
+class Update:
+    """An update before it is sent.
+
+    Args:
+        round: its number.
+        mark: the moment among arriving aggregates before it is sent.
+        layout: fingerprint of the layers.
+        weighting: the leaf's influence.
+        metrics: of the weights that are sent.
+        about: the aggregate that they were trained from; None: none.
+        update_id: by which the platform can tell a repeat, whatever its bytes are.
+    """
+
+    round: int
+    mark: int
+    layout: str
+    weighting: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    about: str | None = None
+    update_id: str = ""
+
+    @property
+    def pending(self) -> PendingRound:
+        """The round while nothing is known of the upload."""
+        return PendingRound(self.round, self.mark, None, "", 0)
+
+
+class Uploader:
+    """Send updates of one leaf and note what becomes of them.
+
+    Args:
+        client: an open client.
+        notes: the leaf's journal.
+        spool: where an update waits while there is no link; None: nowhere.
+    """
+
+    def __init__(self, client: LeafClient, notes: RoundNotes, spool: Spool | None) -> None:
+        self._client = client
+        self._notes = notes
+        self._spool = spool
+        self._waiting = False
+        self._thread: Background[PendingRound | None] = Background("branchkey-upload")
+
+    @property
+    def sends(self) -> bool:
+        """Tell whether an update of which there is no copy on the disk is being sent beside training."""
+        return self._thread.busy and not self._waiting
+
+    def send(self, update: Update, arrays: Sequence[Any]) -> PendingRound:
+        """Send an update and wait until it was taken.
+
+        Raises:
+            UploadUncertainError: it may have been received.
+            BranchKeyError: it was not sent.
+        """
+        note = self._notes.of_upload(update.round, update.layout)
+        try:
+            upload_id = self._client.upload(arrays, update.weighting, metadata=_metadata(update), note=note)
+        except UploadUncertainError:
+            raise
+        except BranchKeyError:
+            self._notes.not_sent(update.round)
+            raise
+        return self._sent(update, upload_id)
+
+    def start(self, update: Update, arrays: Sequence[Any]) -> None:
+        """Begin to send an update in a thread; ``arrays`` must not change. :meth:`take` gives what became of it."""
+
+        def work(stop: threading.Event) -> PendingRound | None:
+            try:
+                return self.send(update, arrays)
+            except BranchKeyError as error:
+                if not self._put(update, arrays, error):
+                    raise
+            return self._send_later(replace(update, metrics={}), stop)
+
+        self._waiting = False
+        self._thread.start(work)
+
+    def take(self) -> PendingRound | None:
+        """Give the round that was sent in the thread, once; None if there is none, or it is not over.
+
+        Raises:
+            BranchKeyError: as :meth:`send`.
+        """
+        return self._thread.take()
+
+    def close(self) -> None:
+        """End the thread. What it is sending gets half a minute."""
+        self._thread.stop(_CLOSING_S)
+
+    # --- when there is no link -----------------------------------------------------------------------------------------
+
+    def keep(self, update: Update, arrays: Sequence[Any], error: BranchKeyError) -> bool:
+        """Keep an update that could not be sent, and send it when the link is back; say whether that can be done."""
+        if not self._put(update, arrays, error):
+            return False
+        self._waiting = True
+        self._thread.start(lambda stop: self._send_later(replace(update, metrics={}), stop))
+        return True
+
+    def _put(self, update: Update, arrays: Sequence[Any], error: BranchKeyError) -> bool:
+        if self._spool is None or not _for_later(error):
+            return False
+        if update.metrics:
+            self._spool.add_metrics(*_report_of(update))
+        client = self._client
+        kept = self._spool.put(
+            arrays,
+            update.weighting,
+            round=update.round,
+            layout=update.layout,
+            update_id=update.update_id,
+            leaf_id=client.leaf_id,
+            branch_id=client.branch_id,
+            run_number=getattr(client, "run_number", None),
+        )
+        return kept is not None
+
+    def resume(self, number: int, layout: str | None) -> bool:
+        """Take up an update of round ``number`` that waited when a process ended; say whether there is one."""
+        found = None if self._spool is None else self._spool.newest()
+        client = self._client
+        mine = (number, client.leaf_id, client.branch_id, getattr(client, "run_number", None))
+        if found is None or (found.round, found.leaf_id, found.branch_id, found.run_number) != mine:
+            return False
+        if layout is not None and found.layout != layout:
+            return False
+        update = Update(found.round, -1, found.layout, 1.0, update_id=found.update_id)
+        self._waiting = True
+        self._thread.start(lambda stop: self._send_later(update, stop))
+        return True
+
+    def supersede(self) -> None:
+        """Forget an update that waits, because a newer one is about to be sent."""
+        self._thread.stop()
+        if self._spool is not None:
+            self._spool.drop()
+
+    def _send_later(self, update: Update, stop: threading.Event) -> PendingRound | None:
+        spool, delay = self._spool, FIRST_DELAY_S
+        self._waiting = True
+        assert spool is not None  # noqa: S101  callers looked
+        while not stop.wait(delay):
+            delay = min(2 * delay, LONGEST_DELAY_S)
+            moment = replace(update, mark=self._client.mark())
+            note = self._notes.of_upload(update.round, update.layout)
+            try:
+                upload_id = self._client.file_upload(spool.path, metadata=_metadata(update), note=note)
+            except UploadUncertainError:
+                spool.drop()
+                raise
+            except BranchKeyError as error:
+                self._notes.not_sent(update.round)
+                if not _for_later(error):
+                    spool.drop()
+                    raise
+                logger.info("round %d: its update still waits for the link: %s", update.round, error)
+                continue
+            spool.drop()
+            logger.info("round %d: its update was sent when the link was back", update.round)
+            return self._sent(moment, upload_id)
+        return None
+
+    # --- what follows an upload ------------------------------------------------------------------------------------------
+
+    def _sent(self, update: Update, upload_id: str) -> PendingRound:
+        self._notes.sent(update.round, upload_id)
+        receipt = self._client.last_upload
+        if update.metrics:
+            self._report(*_report_of(update))
+        self._report_kept()
+        return PendingRound(
+            update.round,
+            update.mark,
+            upload_id,
+            receipt.digest if receipt else "",
+            receipt.size_bytes if receipt else 0,
+            compression=receipt.compression if receipt else "",
+        )
+
+    def _report(self, about: str, numbers: Mapping[str, float], mode: str) -> None:
+        """Send metrics; a platform that does not take them is no reason to lose a round."""
+        try:
+            self._client.send_performance_metrics(about, numbers, mode)
+        except ClientClosedError:
+            raise
+        except BranchKeyError as error:
+            logger.warning("metrics were not taken: %s", error)
+            if self._spool is not None and _for_later(error):
+                self._spool.add_metrics(about, numbers, mode)
+
+    def _report_kept(self) -> None:
+        waiting = [] if self._spool is None else self._spool.metrics()
+        for about, numbers, mode in waiting:
+            try:
+                self._client.send_performance_metrics(about, numbers, mode)
+            except ClientClosedError:
+                raise
+            except BranchKeyError as error:
+                if _for_later(error):
+                    return
+                logger.warning("metrics were not taken: %s", error)
+            if self._spool is not None:
+                self._spool.drop_metrics(1)
+
+
+def _metadata(update: Update) -> dict[str, Any]:
+    return {"custom": {"round": update.round, "layout": update.layout, "update_id": update.update_id}}
+
+
+def _report_of(update: Update) -> tuple[str, Mapping[str, float], str]:
+    return (update.about or "", update.metrics, "train" if update.about else "non-federated")
+
+
+def _for_later(error: BranchKeyError) -> bool:
+    """Tell whether the same update may be taken later, without anybody changing anything here."""
+    if isinstance(error, ApiError):
+        return error.status in (408, 429) or error.status >= 500
+    return isinstance(error, (UnreachableError, DeadlineError, RunBlockedError))

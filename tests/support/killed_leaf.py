@@ -1,0 +1,73 @@
+"""Start a leaf's process as often as it is killed, until it comes to its end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from branchkey_integrations.sandbox import Sandbox
+
+
+class KilledLeaf(threading.Thread):
+    """One leaf; ``train(leaf, credentials, url, folder, epochs)`` runs in a process of its own, each time anew.
+
+    Args:
+        context: makes processes.
+        train: a function that touches ``started`` in its folder when it begins.
+        kills_after_s: how long after that each of the first processes is killed.
+    """
+
+    def __init__(
+        self,
+        context: Any,
+        train: Any,
+        branch: Sandbox,
+        index: int,
+        folder: Path,
+        epochs: int,
+        kills_after_s: list[float],
+    ) -> None:
+        super().__init__()
+        credentials = branch.credentials[index].to_dict()
+        self.work = (index, credentials, branch.url, str(folder), epochs)
+        self.context, self.train, self.folder, self.kills_after_s = context, train, folder, list(kills_after_s)
+        self.kills = 0
+        self.codes: list[int | None] = []
+
+    def run(self) -> None:
+        while not self.codes or self.codes[-1] == -9:
+            started = self.folder / "started"
+            started.unlink(missing_ok=True)
+            process = self.context.Process(target=self.train, args=self.work)
+            process.start()
+            if self.kills_after_s:
+                deadline = time.monotonic() + 60
+                while not started.exists() and process.is_alive() and time.monotonic() < deadline:
+                    process.join(0.01)
+                process.join(self.kills_after_s.pop())
+                process.kill()
+            process.join(110)
+            self.codes.append(process.exitcode)
+            self.kills += process.exitcode == -9
+
+
+def federate(
+    context: Any, train: Any, folder: Path, epochs: int, kills: list[list[float]]
+) -> tuple[list[KilledLeaf], list[int], int]:
+    """Train leaves in one branch, one for each list of kills; give them, their numbers of updates, and that of rounds."""
+    with Sandbox(leaves=len(kills)) as branch:
+        leaves = [
+            KilledLeaf(context, train, branch, index, folder / f"leaf{index}", epochs, each)
+            for index, each in enumerate(kills)
+        ]
+        for leaf in leaves:
+            leaf.folder.mkdir(parents=True)
+            leaf.start()
+        for leaf in leaves:
+            leaf.join(300)
+            assert leaf.codes[-1] == 0
+        counts = Counter(upload.leaf_id for upload in branch.uploads)
+        return leaves, sorted(counts.values()), len(branch.aggregates)
