@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -63,9 +64,11 @@ class Background(Generic[Result]):
             self._thread.join(timeout_s)
 
     def _run(self, work: Callable[[threading.Event], Result], stop: threading.Event) -> None:
-        with contextlib.suppress(AttributeError, OSError):
-            own = threading.get_native_id()
-            os.setpriority(os.PRIO_PROCESS, own, min(19, os.getpriority(os.PRIO_PROCESS, own) + _NICENESS))
+        # Elsewhere the number of a thread may be that of a stranger's process.
+        if sys.platform == "linux":
+            with contextlib.suppress(OSError):
+                own = threading.get_native_id()
+                os.setpriority(os.PRIO_PROCESS, own, min(19, os.getpriority(os.PRIO_PROCESS, own) + _NICENESS))
         try:
             self._result = work(stop)
         except BaseException as error:  # noqa: BLE001  raised where it is taken

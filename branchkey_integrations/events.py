@@ -141,6 +141,12 @@ class Mailbox:
         if observer is not None and waiting is not None:
             observer(waiting)
 
+    def unobserve(self, observer: Callable[[str], None]) -> None:
+        """End what :meth:`observe` began, unless somebody else observes by now."""
+        with self._changed:
+            if self._observer is observer:
+                self._observer = None
+
     def put(self, aggregation_id: str) -> bool:
         """Leave an id; returns False when it is a repeat."""
         with self._changed:

@@ -83,8 +83,16 @@ def opened(api: Api, identifier: str, quarantine: Quarantine | None = None) -> I
                 yield archive
         except AggregateRejectedError as error:
             if quarantine is not None:
-                error.quarantined = quarantine.keep(file, identifier, error)
+                _keep(quarantine, file, identifier, error)
             raise
+
+
+def _keep(
+    quarantine: Quarantine, file: BinaryIO, identifier: str, error: AggregateRejectedError | ArchiveError
+) -> None:
+    error.quarantined = quarantine.keep(file, identifier, error)
+    if error.quarantined:
+        error.fix = f"{error.fix}. It was kept as {error.quarantined}"
 
 
 def _fetched(api: Api, identifier: str, file: BinaryIO, quarantine: Quarantine | None) -> Archive:
@@ -98,7 +106,7 @@ def _fetched(api: Api, identifier: str, file: BinaryIO, quarantine: Quarantine |
             named = _named(error, identifier)
             if last_try:
                 if quarantine is not None:
-                    named.quarantined = quarantine.keep(file, identifier, named)
+                    _keep(quarantine, file, identifier, named)
                 raise named from error
             logger.warning("%s; it is downloaded once more", named)
     raise AssertionError("unreachable")

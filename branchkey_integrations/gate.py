@@ -77,7 +77,7 @@ class Gate:
             total = screen(arrays, layout)
         except (LayoutError, ArchiveError) as error:
             raise AggregateRejectedError(
-                what=f"aggregate {aggregation_id}, {error.what}",
+                what=f"aggregate {aggregation_id}" + ("" if error.what == "aggregate" else f", {error.what}"),
                 expected=error.expected,
                 found=error.found,
                 fix=error.fix,

@@ -94,7 +94,9 @@ def from_request(
                 what=action,
                 expected=f"a certificate of {host} that can be verified",
                 found=found,
-                fix="Check this machine's clock; if it is right, the certificate is not"
+                fix="Nothing there speaks TLS: pass an address that begins with http://, or another port"
+                if "WRONG_VERSION_NUMBER" in found
+                else "Check this machine's clock; if it is right, the certificate is not"
                 if clock
                 else "Pass ssl=<path of your CA bundle>, or check the host name",
             ),

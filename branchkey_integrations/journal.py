@@ -6,6 +6,7 @@ numbers: no weights and no secrets. A line that a crash cut short is dropped whe
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -29,7 +30,7 @@ except ImportError:  # Windows has no such locks
 logger = logging.getLogger("branchkey_integrations.journal")
 
 _VERSION = 1
-_EVENTS = ("begin", "adopted", "sending", "posted", "sent", "not_sent", "announced", "closed")
+_EVENTS = ("begin", "sending", "posted", "sent", "not_sent", "announced", "closed")
 _ROUND_FIELDS = ("sent", "upload_id", "digest", "uploaded_bytes", "layout", "aggregation_id")
 _open_here: weakref.WeakValueDictionary[str, Journal] = weakref.WeakValueDictionary()
 _open_lock = threading.Lock()
@@ -81,7 +82,7 @@ class Journal:
         self.is_current = False
         #: An aggregate that was announced when no round was open.
         self.unread: str | None = None
-        self._identity = {"leaf_id": leaf_id, "branch_id": branch_id, "run_number": run_number}
+        self._identity: dict[str, Any] = {"leaf_id": leaf_id, "branch_id": branch_id, "run_number": run_number}
         self._taken_over = False
         self._file = self._open(folder)
         try:
@@ -114,24 +115,27 @@ class Journal:
 
     # --- taking notes ------------------------------------------------------------------------------------------------
 
-    def begin(self) -> None:
-        """Start anew: what was noted so far does not belong to the rounds that follow."""
-        self._note({"event": "begin", "version": _VERSION, **self._identity})
+    def begin(self, left: NotedRound | None = None, number: int = 0) -> None:
+        """Start anew: what was noted so far does not belong to the rounds that follow.
 
-    def adopt(self, noted: NotedRound, number: int) -> None:
-        """Count a round of before as round ``number``."""
-        self._note(
-            {
-                "event": "adopted",
-                "round": number,
-                "sent": noted.sent,
-                "upload_id": noted.upload_id,
-                "digest": noted.digest,
-                "uploaded_bytes": noted.uploaded_bytes,
-                "layout": noted.layout,
-                "aggregation_id": noted.aggregation_id,
-            }
-        )
+        But for ``left``, which counts as round ``number``; in the same line, so that no kill comes between the two.
+        """
+        line = {"event": "begin", "version": _VERSION, **self._identity}
+        if left is not None:
+            line["left"] = {"round": number, **{name: getattr(left, name) for name in _ROUND_FIELDS}}
+        self._note(line)
+
+    def follow(self, run_number: int | None) -> None:
+        """Start anew if the branch's run is another one by now; None: that is not known."""
+        former = self._identity
+        if run_number is None or run_number == former["run_number"]:
+            return
+        self._identity = {**former, "run_number": run_number}
+        try:
+            self.begin()
+        except BaseException:
+            self._identity = former
+            raise
 
     def sending(self, number: int, layout: str, digest: str, size_bytes: int) -> None:
         """An archive is about to go out; asked again for each try.
@@ -255,6 +259,14 @@ class Journal:
                     fix="Go on with the newer one, or give it the credentials of another leaf",
                 )
             if self._file.closed:
+                if line["event"] in ("sending", "posted"):
+                    # Sent from here, nobody would know of it after a restart.
+                    raise JournalError(
+                        what=f"journal {self.path}",
+                        expected="an open one while an update is being sent",
+                        found="one that was closed meanwhile",
+                        fix="Send the update with the next training",
+                    )
                 return
             start = self._file.tell()
             try:
@@ -263,8 +275,9 @@ class Journal:
                 os.fsync(self._file.fileno())
             except OSError as error:
                 # Half a line would spoil the next one.
-                self._file.truncate(start)
-                self._file.seek(start)
+                with contextlib.suppress(OSError):
+                    self._file.truncate(start)
+                    self._file.seek(start)
                 raise _unusable(self.path, "be written", error) from error
             self._take(line)
 
@@ -273,6 +286,9 @@ class Journal:
         if event == "begin":
             self.is_current = {key: line.get(key) for key in self._identity} == self._identity
             self._rounds, self._heard, self._newest, self.unread = {}, [], None, None
+            left = line.get("left")
+            if isinstance(left, dict) and isinstance(left.get("round"), int):
+                self._take_round("left", left["round"], left)
         elif event == "announced":
             self._take_announced(str(line.get("aggregation_id")))
         else:
@@ -293,7 +309,7 @@ class Journal:
         known = {key: line[key] for key in _ROUND_FIELDS if key in line}
         if event == "sending":
             noted, self._newest, self.unread = NotedRound(number, sent="no", **known), number, None
-        elif event == "adopted":
+        elif event == "left":
             noted, self._newest = NotedRound(number, **known), number
             if noted.aggregation_id is not None:
                 self._heard.append(noted.aggregation_id)

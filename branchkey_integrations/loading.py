@@ -64,7 +64,8 @@ def _load(
 
 def rejected(aggregation_id: str, error: BranchKeyError) -> AggregateRejectedError:
     """Make a refusal of what was found wrong with an aggregate."""
-    what = error.what if aggregation_id in error.what else f"aggregate {aggregation_id}, {error.what}"
+    detail = "" if error.what == "aggregate" else f", {error.what}"
+    what = error.what if aggregation_id in error.what else f"aggregate {aggregation_id}{detail}"
     return AggregateRejectedError(
         what=what,
         expected=error.expected,

@@ -136,10 +136,18 @@ class RoundOptions:
 
 def finite_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float]:
     """Keep the metrics that are finite numbers, as plain floats."""
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise ConfigurationError(
+            what="metrics",
+            expected="numbers by name",
+            found=type(metrics).__name__,
+            fix='Pass for example {"loss": 0.5}',
+        )
     kept = {}
     for name, value in (metrics or {}).items():
         try:
-            number = float(value)
+            # A loss still holds on to its graph, and torch warns of a number made of it.
+            number = float(value.detach() if hasattr(value, "detach") else value)
         except (TypeError, ValueError):
             continue
         if math.isfinite(number):

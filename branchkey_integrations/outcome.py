@@ -122,5 +122,17 @@ class PendingRound:
     certain: bool = True
     #: It could not be sent yet and waits on the disk.
     waits: bool = False
+    #: Its aggregate was refused by a process before this one.
+    refused: bool = False
+
+    @property
+    def reason(self) -> str:
+        """Say why a round that was taken up from a process before this one is not sent."""
+        if self.refused:
+            return f"aggregate {self.aggregation_id} was refused before the restart; local weights are kept"
+        if self.certain:
+            return "sent before the restart; not sent again"
+        return "may have been received before the restart; not sent again, so that it cannot be counted twice"
+
     #: See :class:`UploadReceipt`.
     compression: str = ""

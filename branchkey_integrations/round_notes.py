@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from branchkey_integrations.errors import BranchKeyError
 from branchkey_integrations.journal import Journal, NotedRound
 from branchkey_integrations.outcome import LeafClient, Note, PendingRound
 
@@ -24,6 +25,8 @@ class RoundNotes:
         self._client = client
         self._folder = folder
         self._journal: Journal | None = None
+        self._begun = False
+        self._observer: Callable[[str], None] | None = None
 
     def resume(self, pending: PendingRound | None) -> PendingRound | None:
         """Go on after a checkpoint was loaded; give its pending round with what the journal knows of it.
@@ -35,9 +38,9 @@ class RoundNotes:
         if journal is None:
             return pending
         if not journal.is_current:
-            journal.begin()
-            if pending is not None:
-                journal.adopt(_noted(pending), pending.round)
+            sent = pending is not None and not pending.waits
+            self._begin(journal, *((_noted(pending), pending.round) if pending is not None and sent else ()))
+        self._begun = True
         self._listen(journal)
         noted = None if pending is None else journal.get(pending.round)
         if pending is None or noted is None:
@@ -60,15 +63,29 @@ class RoundNotes:
         journal = self._opened()
         if journal is None:
             return None
-        if fresh:
+        if not self._begun:
             # Started from the beginning: an update that waits for its aggregate still counts as this leaf's.
-            left = journal.unfinished(layout)
-            journal.begin()
-            if left is not None:
-                journal.adopt(left, number)
+            self._begin(journal, journal.unfinished(layout), number)
+            self._begun = True
+        elif not journal.is_current:
+            self._begin(journal)
+        if fresh:
             self._listen(journal)
+        journal.follow(getattr(self._client, "run_number", None))
         noted = journal.get(number)
-        return None if noted is None else taken_up(noted, number)
+        if noted is None:
+            return None
+        found = taken_up(noted, number)
+        logger.warning("round %d: %s (journal %s)", number, found.reason, journal.path)
+        return found
+
+    def _begin(self, journal: Journal, left: NotedRound | None = None, number: int = 0) -> None:
+        try:
+            journal.begin(left, number)
+        except BranchKeyError:
+            # Opened anew next time: what it says now is of another training.
+            self.close()
+            raise
 
     def of_upload(self, number: int, layout: str) -> Note | None:
         """Give what a client calls so that an upload is noted."""
@@ -103,7 +120,9 @@ class RoundNotes:
         """Let go of the journal. May be repeated."""
         journal, self._journal = self._journal, None
         if journal is not None:
-            self._observe(None)
+            queue: Any = getattr(self._client, "queue", None)
+            if self._observer is not None and hasattr(queue, "unobserve"):
+                queue.unobserve(self._observer)
             journal.close()
 
     def _opened(self) -> Journal | None:
@@ -122,14 +141,12 @@ class RoundNotes:
             if heard != journal.unread:
                 queue.forget_before(heard)
         if journal.unread is not None:
-            queue.put(journal.unread)
+            # What this process has heard is newer.
+            (queue.put if queue.empty() else queue.forget_before)(journal.unread)
         known = set(journal.heard)
-        self._observe(lambda identifier: None if identifier in known else journal.announced(identifier))
-
-    def _observe(self, observer: Callable[[str], None] | None) -> None:
-        queue: Any = getattr(self._client, "queue", None)
         if hasattr(queue, "observe"):
-            queue.observe(observer)
+            self._observer = lambda identifier: None if identifier in known else journal.announced(identifier)
+            queue.observe(self._observer)
 
 
 def taken_up(noted: NotedRound, number: int) -> PendingRound:
@@ -144,6 +161,7 @@ def taken_up(noted: NotedRound, number: int) -> PendingRound:
         aggregation_id=noted.aggregation_id,
         repeated=noted.aggregation_id is not None,
         certain=noted.sent == "yes",
+        refused=noted.closed == "rejected",
     )
 
 

@@ -37,8 +37,6 @@ from branchkey_integrations.uploading import Update, Uploader
 logger = logging.getLogger("branchkey_integrations.rounds")
 
 _STATE_VERSION = 1
-_SENT_BEFORE = "sent before the restart; not sent again"
-_MAYBE_BEFORE = "may have been received before the restart; not sent again, so that it cannot be counted twice"
 _WAITS = "it waits on the disk until the platform can be reached; local weights are kept"
 _FRESH = "Resume with the checkpoint of this leaf, or start without its federation state"
 
@@ -78,7 +76,8 @@ class RoundEngine:
     def _note_in(self, folder: str | None) -> None:
         self._notes = RoundNotes(self.client, folder)
         limit = self.options.spool_bytes
-        spool = Spool(os.path.join(folder, "spool"), self.client.leaf_id, limit) if folder and limit else None
+        waits = folder and limit and self.options.on_error == "keep_local"
+        spool = Spool(os.path.join(str(folder), "spool"), self.client.leaf_id, limit) if waits else None
         self._uploader = Uploader(self.client, self._notes, spool)
 
     def close(self) -> None:
@@ -119,10 +118,10 @@ class RoundEngine:
         """
         numbers = finite_metrics(metrics)
         self.options.require_samples(samples)
+        self._hear_of_sent()
         self.round += 1
         if self._uploader.sends and not self.options.wait:
             return self._note(RoundOutcome("skipped", self.round, reason="the update before is still being sent"))
-        self._uploader.supersede()
         update: Update | None = None
         arrays: Sequence[Any] = ()
         try:
@@ -130,10 +129,15 @@ class RoundEngine:
             layout = self._same_layout(store)
             before = self._notes.already_sent(self.round, layout.fingerprint)
             if before is not None:
-                self._pending = before
-                return self._note(self._outcome("pending", reason=_SENT_BEFORE if before.certain else _MAYBE_BEFORE))
+                self._uploader.supersede()
+                self._pending = None if before.refused else before
+                return self._note(self._outcome("rejected" if before.refused else "pending", reason=before.reason))
             if self.client.run_status == STOPPED and not getattr(self.client, "wait_for_run", False):
                 return self._note(RoundOutcome("stopped", self.round, reason="the run is stopped"))
+            # Not sooner: what waits on the disk may be another process's, and goes when a newer one is there to be sent.
+            self._uploader.supersede()
+            unloaded = None if self._pending is None or self.options.wait else self._pending.aggregation_id
+            self._pending = None
             # Not copied where nothing changes the model before this returns.
             arrays = view_of(store) if self.options.wait else store.read()
             if self._norm is None and self.options.gate.max_norm_ratio is not None:
@@ -148,7 +152,7 @@ class RoundEngine:
                 self.last_applied,
                 f"{self._lineage}-{self.round}",
             )
-            self._pending = update.pending
+            self._pending = replace(update.pending, aggregation_id=unloaded)
             if self.options.wait:
                 self._pending = self._uploader.send(update, arrays)
             else:
@@ -166,9 +170,20 @@ class RoundEngine:
                 self._pending = replace(self._pending, digest=error.digest)
             return self._note(RoundOutcome("pending", self.round, reason=str(error)))
         except BranchKeyError as error:
-            self._pending = None
-            return self._keep_for_later(update, arrays, error) or self._give_up("skipped", error)
+            waits, self._pending = self._pending, None
+            try:
+                return self._keep_for_later(update, arrays, error) or self._give_up("skipped", error)
+            finally:
+                if update is None and waits is not None and waits.waits:
+                    self._pending = waits
         return self._note(self._outcome("pending"))
+
+    def _hear_of_sent(self) -> None:
+        """Deal with what became of the update that was sent beside training, before another takes its place."""
+        try:
+            self._take_sent()
+        except BranchKeyError as error:
+            self._give_up("skipped", error)
 
     def _keep_for_later(
         self, update: Update | None, arrays: Sequence[Any], error: BranchKeyError
@@ -297,6 +312,8 @@ class RoundEngine:
         self, status: str, error: BranchKeyError, *, keep_pending: bool = False, **values: Any
     ) -> RoundOutcome:
         """Follow ``on_error``: raise, or turn the error into an outcome and go on with local weights."""
+        if isinstance(error, RunBlockedError):
+            return self._finish("stopped" if error.run_status == STOPPED else "skipped", reason=str(error))
         mixed = isinstance(error, MixedModelError)
         outcome = self._outcome(status, reason=f"{error}{'' if mixed else ' (local weights are kept)'}", **values)
         if not keep_pending:
@@ -333,8 +350,10 @@ class RoundEngine:
             },
         }
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any], *, mirror: bool = False) -> None:
         """Go on where a checkpoint left off.
+
+        With ``mirror`` only show how the engine of another process stands, which alone has journal and waiting update.
 
         Raises:
             ConfigurationError: the state is of another leaf or branch (both are named), or is no state.
@@ -364,9 +383,15 @@ class RoundEngine:
             raise ConfigurationError(
                 what="state", expected="what state_dict() gave", found=f"a broken one ({error})", fix=_FRESH
             ) from error
-        self._pending = self._notes.resume(resumed)
-        if self._pending is not None and self._pending.waits:
-            self._pending = self._pending if self._uploader.resume(self.round, self._fingerprint) else None
+        if mirror:
+            self._pending = resumed
+            return
+        pending = self._notes.resume(resumed)
+        if pending is not None and pending is resumed and pending.upload_id is None:
+            # Nobody noted that it was sent. Beside training it may have begun to wait without a word here.
+            taken_up = self._uploader.resume(pending.round, self._fingerprint)
+            pending = None if pending.waits and not taken_up else pending
+        self._pending = pending
         queue = getattr(self.client, "queue", None)
         if queue is not None and self.last_applied:
             queue.forget_before(self.last_applied)

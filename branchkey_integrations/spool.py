@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
 import logging
 import os
@@ -83,9 +84,18 @@ class Spool:
         except (OSError, ValueError, TypeError):
             return None
 
-    def drop(self) -> None:
-        """Forget the update."""
-        for path in (self._about, f"{self._about}.part", self.path):
+    def replaced(self, update_id: str) -> bool:
+        """Tell whether another update than this one waits here by now."""
+        found = self.newest()
+        return found is not None and found.update_id != update_id
+
+    def drop(self, update_id: str | None = None) -> None:
+        """Forget the update; with an id, unless another one has taken its place."""
+        if update_id is not None and self.replaced(update_id):
+            return
+        # A process that was killed while it wrote leaves a hidden part of an archive, of any size.
+        parts = glob.glob(os.path.join(glob.escape(self._folder), ".update.npz.*.part"))
+        for path in (self._about, f"{self._about}.part", self.path, *parts):
             with contextlib.suppress(OSError):
                 os.unlink(path)
 

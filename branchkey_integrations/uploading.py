@@ -76,7 +76,7 @@ class Uploader:
 
     @property
     def sends(self) -> bool:
-        """Tell whether an update of which there is no copy on the disk is being sent beside training."""
+        """Tell whether an update is being sent beside training now; one that waits for the next try is not."""
         return self._thread.busy and not self._waiting
 
     def send(self, update: Update, arrays: Sequence[Any]) -> PendingRound:
@@ -176,22 +176,29 @@ class Uploader:
         assert spool is not None  # noqa: S101  callers looked
         while not stop.wait(delay):
             delay = min(2 * delay, LONGEST_DELAY_S)
+            if spool.replaced(update.update_id):
+                return None
             moment = replace(update, mark=self._client.mark())
             note = self._notes.of_upload(update.round, update.layout)
+            # Training that may not wait must not wait for this try either.
+            self._waiting = False
             try:
                 upload_id = self._client.file_upload(spool.path, metadata=_metadata(update), note=note)
             except UploadUncertainError:
-                spool.drop()
+                spool.drop(update.update_id)
                 raise
             except BranchKeyError as error:
                 self._notes.not_sent(update.round)
                 if not _for_later(error):
-                    spool.drop()
+                    spool.drop(update.update_id)
                     raise
                 logger.info("round %d: its update still waits for the link: %s", update.round, error)
                 continue
-            spool.drop()
-            logger.info("round %d: its update was sent when the link was back", update.round)
+            finally:
+                self._waiting = True
+            spool.drop(update.update_id)
+            # A warning said that it waits; whoever read that wants to know.
+            logger.warning("round %d: the link is back and its update was sent", update.round)
             return self._sent(moment, upload_id)
         return None
 

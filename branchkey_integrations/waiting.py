@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -9,9 +10,13 @@ from branchkey_integrations.config import check_seconds
 from branchkey_integrations.errors import BranchKeyError, RoundTimeoutError
 from branchkey_integrations.events import Mailbox
 
+logger = logging.getLogger("branchkey_integrations.client")
+
 #: How long a wait goes on while the notification channel says that it is refused; a broker that restarts needs some of it.
 REFUSED_GRACE_S = 30.0
 _SLICE_S = 0.5
+#: Other leaves take longer now and then; after this somebody who looks on should know what is waited for.
+_QUIET_S = 15.0
 
 
 def wait_for_aggregation(
@@ -38,7 +43,7 @@ def wait_for_aggregation(
         BranchKeyError: the channel has been refused for half a minute, or what ``require_open`` raised.
     """
     check_seconds("timeout_s", timeout_s, optional=True, zero=True)
-    started = time.monotonic()
+    started, told = time.monotonic(), False
     while True:
         # Asked before the mailbox is looked at, so that what came before the reason to give up is still taken.
         last_look = give_up is not None and give_up()
@@ -47,6 +52,12 @@ def wait_for_aggregation(
         found = mailbox.wait_newer(-1 if newer_than is None else newer_than, piece)
         if found is not None:
             return found
+        if not told and time.monotonic() - started > _QUIET_S:
+            told = True
+            limit = "as long as it takes" if timeout_s is None else f"up to {timeout_s:g} s"
+            logger.warning(
+                "still waiting for an aggregate (%s); other leaves may not have sent their updates yet", limit
+            )
         require_open()
         trouble = refused()
         if trouble is not None and time.monotonic() - trouble[0] > REFUSED_GRACE_S:

@@ -84,3 +84,8 @@ def test_a_level_of_faults_that_is_none_is_a_wrong_call(level, capsys):
         main(["sandbox", "--chaos", level])
     assert caught.value.code == 2
     assert f"expected a number from 0 to 1, found '{level}'" in capsys.readouterr().err
+
+
+def test_a_quorum_that_no_round_can_reach_is_refused(capsys):
+    assert main(["sandbox", "--leaves", "3", "--quorum", "4"]) == 1
+    assert "--quorum: expected at most 3, the number of leaves, found 4" in capsys.readouterr().err

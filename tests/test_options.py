@@ -121,3 +121,8 @@ def test_the_selector_follows_the_choice_of_parameters() -> None:
     selector = RoundOptions(parameters=["encoder.*"]).selector
     assert selector("encoder.weight", None, True)
     assert not selector("head.weight", None, True)
+
+
+def test_metrics_that_are_no_mapping_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="metrics: expected numbers by name, found int"):
+        finite_metrics(3)  # type: ignore[arg-type]

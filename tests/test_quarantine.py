@@ -163,6 +163,30 @@ def test_a_refusal_is_not_repeated_after_a_restart(sandbox: Sandbox, tmp_path: P
         engine.close()
 
 
+def test_a_training_from_an_older_checkpoint_goes_past_a_refused_round_without_sending_it(
+    sandbox: Sandbox, tmp_path: Path
+) -> None:
+    store = small_store()
+    with connect(sandbox, tmp_path) as client:
+        engine = engine_of(client, on_error="raise", journal=tmp_path / "journal")
+        state = engine.state_dict()
+        engine.submit(store, samples=1)
+        bad = sandbox.publish(BAD)
+        with pytest.raises(AggregateRejectedError):
+            engine.collect(store)
+        engine.close()
+    with connect(sandbox, tmp_path) as client:
+        engine = engine_of(client, on_error="raise", journal=tmp_path / "journal")
+        engine.load_state_dict(state)
+        again = engine.submit(store, samples=1)
+        assert (again.status, again.round) == ("rejected", 1)
+        assert bad in again.reason
+        assert not engine.pending
+        assert len(sandbox.uploads) == 1
+        assert engine.submit(store, samples=1).round == 2
+        engine.close()
+
+
 def test_only_the_newest_ones_are_kept(tmp_path: Path) -> None:
     quarantine = Quarantine(str(tmp_path), most=2)
     for number in range(4):

@@ -14,6 +14,7 @@ from branchkey_integrations.errors import (
     ApiError,
     BranchKeyError,
     ClientClosedError,
+    RoundTimeoutError,
     UploadUncertainError,
 )
 from branchkey_integrations.gate import Gate
@@ -222,3 +223,13 @@ def test_a_closed_client_raises_under_both_policies(sandbox: Sandbox) -> None:
             engine.collect(store)
         with pytest.raises(ClientClosedError):
             engine.submit(store, samples=1)
+
+
+def test_a_long_wait_says_once_what_it_waits_for(
+    client: Client, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("branchkey_integrations.waiting._QUIET_S", 0.0)
+    with pytest.raises(RoundTimeoutError):
+        client.wait_for_aggregation(1.2)
+    said = [record.getMessage() for record in caplog.records if "still waiting" in record.getMessage()]
+    assert said == ["still waiting for an aggregate (up to 1.2 s); other leaves may not have sent their updates yet"]

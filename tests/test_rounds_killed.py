@@ -287,3 +287,83 @@ def test_a_timeout_before_the_kill_is_waited_for_again(tmp_path: Path) -> None:
             other.submit(small_store(6.0), samples=10)
             assert training.run(1).arrays["weight"][0, 0] == 3.25
         assert [upload.leaf_id for upload in sandbox.uploads].count(sandbox.credentials[0].id) == 1
+
+
+def test_a_journal_that_could_not_be_begun_is_not_taken_for_that_of_this_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with Sandbox(leaves=1) as sandbox:
+        Training(sandbox, 0, tmp_path).run(3)
+        with Training(sandbox, 0, tmp_path).engine(on_error="keep_local") as engine:
+            with monkeypatch.context() as once:
+                once.setattr("os.fsync", full)
+                assert "No space left" in engine.submit(small_store(), samples=1).reason
+            store = small_store(500.0)
+            again = engine.submit(store, samples=1)
+            assert (again.round, again.status, again.reason) == (2, "pending", "")
+            assert engine.collect(store).status == "applied"
+            assert store.arrays["weight"][0, 0] == 500.0
+        assert len(sandbox.uploads) == 4
+
+
+def test_rounds_after_the_run_was_started_anew_are_known_as_that_runs(tmp_path: Path) -> None:
+    with Sandbox(leaves=1) as sandbox:
+        training, store = Training(sandbox, 0, tmp_path), small_store(1.0)
+        with training.engine() as engine:
+            engine.submit(store, samples=1)
+            engine.collect(store)
+            state = engine.state_dict()
+            sandbox.stop()
+            sandbox.start()
+            _wait(lambda: engine.client.run_number == 2)  # type: ignore[attr-defined]
+            sent = engine.submit(store, samples=1)
+        with training.engine() as engine:
+            engine.load_state_dict(state)
+            again = engine.submit(store, samples=1)
+            assert (again.upload_id, "not sent again" in again.reason) == (sent.upload_id, True)
+        assert sandbox.hits("upload") == 2
+
+
+def test_nothing_is_sent_that_a_closed_journal_does_not_learn_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("branchkey_integrations.uploading._CLOSING_S", 0.05)
+    with Sandbox(leaves=1) as sandbox, Training(sandbox, 0, tmp_path).engine(wait=False) as engine:
+        client: Any = engine.client
+        client.wait_for_run = True
+        sandbox.pause()
+        _wait(lambda: client.run_status == "pause")
+        engine.submit(small_store(), samples=1)
+        engine.close()
+        assert engine._uploader._thread.busy
+        sandbox.start()
+        engine._uploader._thread.join(20)
+        with pytest.raises(JournalError, match="closed meanwhile"):
+            engine._uploader.take()
+        assert sandbox.uploads == []
+
+
+def test_an_unread_aggregate_does_not_take_the_place_of_a_newer_one(tmp_path: Path) -> None:
+    with Sandbox(leaves=1) as sandbox:
+        training, store = Training(sandbox, 0, tmp_path), small_store(1.0)
+        with training.engine() as engine:
+            engine.submit(store, samples=1)
+            engine.collect(store)
+            state = engine.state_dict()
+            client: Any = engine.client
+            identity = (client.leaf_id, client.branch_id, client.run_number)
+        older = sandbox.publish([array * 7 for array in store.arrays.values()])
+        journal = Journal(str(tmp_path), *identity)
+        journal.announced(older)
+        journal.close()
+        with training.engine(wait=False) as engine:
+            newer = sandbox.publish([array * 9 for array in store.arrays.values()])
+            queue = engine.client.queue  # type: ignore[attr-defined]
+            _wait(lambda: queue._newest == newer)
+            queue._seen.pop(older, None)  # as from a broker that heard that it had arrived
+            engine.load_state_dict(state)
+            assert engine.collect(store).aggregation_id == newer
+            assert queue.empty()

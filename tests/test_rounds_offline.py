@@ -270,7 +270,7 @@ def test_beside_training_an_update_waits_for_the_link_too(sandbox: Sandbox, tmp_
             assert engine.collect(store).status == "pending"
         sandbox.wait_for(lambda: sandbox.uploads)
         wait(lambda: engine.collect(store).status == "applied")
-        assert waiting(tmp_path) == []
+        wait(lambda: waiting(tmp_path) == [])
 
 
 def test_background_work_hands_over_results_and_errors_once() -> None:

@@ -214,7 +214,10 @@ def test_the_tests_run_without_a_broker_only_where_none_can_be_had(workshop: Wor
     ran = workshop.run("test.sh", "-k", "name", **environment)
     assert ran.returncode == 0, ran.stderr
     without = "" if installable else "--without-rabbitmq "
-    assert workshop.called("python")[-1] == f"python -m pytest -n 2 --dist loadfile {without}-k name"
+    assert (
+        workshop.called("python")[-1]
+        == f"python -m pytest -n 2 --dist loadfile --no-loadscope-reorder {without}-k name"
+    )
 
 
 def test_a_failing_test_fails_the_script(workshop: Workshop) -> None:

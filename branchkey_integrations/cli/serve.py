@@ -7,23 +7,35 @@ import os
 import threading
 
 from branchkey_integrations.cli.interrupts import Interrupted, Interrupts
+from branchkey_integrations.errors import ConfigurationError
 
 #: Waiting in slices lets a signal be handled at once on every platform.
 _SLICE_S = 3600.0
+
+
+def _possible(quorum: int | None, leaves: int) -> int | None:
+    if quorum is not None and quorum > leaves:
+        raise ConfigurationError(
+            what="--quorum",
+            expected=f"at most {leaves}, the number of leaves",
+            found=str(quorum),
+            fix="No round could ever be complete; pass fewer, or more --leaves",
+        )
+    return quorum
 
 
 def run_sandbox(arguments: argparse.Namespace, interrupts: Interrupts) -> int:
     """Serve until SIGINT or SIGTERM, which is the ordinary end and gives status 0.
 
     Raises:
-        MissingDependencyError, SandboxError: it cannot start.
+        ConfigurationError, MissingDependencyError, SandboxError: it cannot start.
     """
     from branchkey_integrations.sandbox import Chaos, Sandbox
 
     print("starting the sandbox" + (" and its broker" if arguments.rabbitmq else "") + " ...", flush=True)
     sandbox = Sandbox(
         arguments.leaves,
-        quorum=arguments.quorum,
+        quorum=_possible(arguments.quorum, arguments.leaves),
         rabbitmq=arguments.rabbitmq,
         directory=arguments.directory,
         port=arguments.port,

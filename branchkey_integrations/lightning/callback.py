@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from branchkey_integrations.errors import ConfigurationError
 from branchkey_integrations.lightning.averages import tell_of_averages, trains
-from branchkey_integrations.lightning.checkpoints import Checkpoints
+from branchkey_integrations.lightning.checkpoints import Checkpoints, journal_folder
 from branchkey_integrations.lightning.evaluation import require_validation, validate
 from branchkey_integrations.lightning.flavours import adopt, callback_of_all_flavours, loaded_bases
 from branchkey_integrations.lightning.samples import count_in_each, count_samples
@@ -103,6 +103,7 @@ class BranchKeyCallback(_Flavours):
         self._process = os.getpid()
         self._given = options
         self._name = name
+        self._folder: str | None = None
         self._hook: BranchKeyHook | None = None
         self._state: Mapping[str, Any] | None = None
         self._epochs = 0
@@ -151,6 +152,8 @@ class BranchKeyCallback(_Flavours):
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Refuse a strategy or a client that cannot be served, before anything is built."""
         if stage == "fit" and not trainer.fast_dev_run:
+            # Here, because Lightning fills in the folders that nobody chose after this.
+            self._folder = self._folder or journal_folder(trainer)
             require_served(trainer.strategy)
             self._require_own_client()
 
@@ -164,7 +167,7 @@ class BranchKeyCallback(_Flavours):
             require_validation(trainer)
         self._checkpoints.watch(trainer, evaluates=self.evaluate_aggregate)
         optimizers = list(trainer.optimizers) or None
-        options = {**self._given, "journal": self._journal(trainer)}
+        options = {**self._given, "journal": self._folder if self.options.journal is None else self.options.journal}
         module = federated_module(trainer.strategy, pl_module)
         hook = BranchKeyHook(module, self._client, optimizer=optimizers, **options)
         try:
@@ -191,13 +194,6 @@ class BranchKeyCallback(_Flavours):
                 found="a client that was made before",
                 fix="Pass functools.partial(Client, credentials) or another function of a module",
             )
-
-    def _journal(self, trainer: Any) -> Any:
-        """Say where rounds are noted: beside the checkpoints, if the script makes any on a disk."""
-        chosen, root = self.options.journal, str(trainer.default_root_dir)
-        if chosen is not None or not trainer.checkpoint_callbacks or "://" in root:
-            return chosen
-        return os.path.join(root, "branchkey")
 
     def _require_alone(self, trainer: Any, hook: BranchKeyHook) -> None:
         mine = hook.state_dict()["rounds"]["leaf_id"]

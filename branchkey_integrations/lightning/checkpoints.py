@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,20 @@ _log = logging.getLogger("branchkey_integrations.lightning")
 
 #: Where a ModelCheckpoint saves.
 _SAVING = ("on_train_batch_end", "on_validation_end", "on_train_epoch_end", "on_train_end", "on_exception")
+
+
+def journal_folder(trainer: Any) -> str | None:
+    """Say where rounds are noted: beside the checkpoints, if the script makes any on a disk; ask before Lightning's setup.
+
+    Without a folder of the user's choice Lightning makes one a run, which a resumed run would not look into.
+    """
+    if not trainer.checkpoint_callbacks:
+        return None
+    chosen = [
+        str(folder) for folder in (getattr(each, "dirpath", None) for each in trainer.checkpoint_callbacks) if folder
+    ]
+    place = os.path.dirname(os.path.abspath(chosen[0])) if chosen else str(trainer.default_root_dir)
+    return None if "://" in (chosen or [place])[0] else os.path.join(place, "branchkey")
 
 
 def _nothing(*_: Any, **__: Any) -> None:

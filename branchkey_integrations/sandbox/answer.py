@@ -119,7 +119,8 @@ def transport_of(scope: Scope) -> Any:
 def reset(transport: Any) -> None:
     """End a connection the hard way: the other side gets a reset and no goodbye."""
     connection = transport.get_extra_info("socket")
-    if connection is not None:
+    # The client may be gone already.
+    if connection is not None and connection.fileno() != -1:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     transport.abort()
 

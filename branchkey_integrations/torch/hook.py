@@ -200,7 +200,7 @@ class BranchKeyHook:
         # Rank 0 may know more of the pending round, from its journal; the others must see it as pending or not alike.
         known = self._coordinator.run_on_main(self._engine.state_dict)
         if not self._coordinator.is_main:
-            self._engine.load_state_dict(known)
+            self._engine.load_state_dict(known, mirror=True)
 
     def close(self) -> None:
         """Refuse further rounds, and close the client if the hook made it. May be repeated."""
@@ -364,7 +364,7 @@ class BranchKeyHook:
         if sharded is not None:
             sharded.finish()
         if not self._coordinator.is_main:
-            self._engine.load_state_dict(state)
+            self._engine.load_state_dict(state, mirror=True)
         if error is not None:
             if outcome is not None:
                 self.history.append(outcome)

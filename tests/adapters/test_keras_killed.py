@@ -39,7 +39,9 @@ def test_kills_at_random_moments_change_neither_the_weights_nor_the_number_of_up
     calm, counts, rounds = federate(context, train, tmp_path / "undisturbed", EPOCHS, [[]] * LEAVES)
     assert (counts, rounds) == ([EPOCHS] * LEAVES, EPOCHS)
     chosen = random.Random(3)
-    kills = [[chosen.uniform(0, 0.8) for _ in range(KILLS // LEAVES)] for _ in range(LEAVES)]
+    # A round notes five lines or so, and after the last kill a leaf must have something left to do.
+    lines = [sorted(chosen.sample(range(1, 5 * EPOCHS - 10), KILLS // LEAVES)) for _ in range(LEAVES)]
+    kills = [[(line, chosen.uniform(0, 0.03)) for line in each] for each in lines]
     leaves, counts, rounds = federate(context, train, tmp_path / "killed", EPOCHS, kills)
     assert sum(leaf.kills for leaf in leaves) == KILLS
     assert (counts, rounds) == ([EPOCHS] * LEAVES, EPOCHS)

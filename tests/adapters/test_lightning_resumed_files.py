@@ -94,3 +94,14 @@ def test_an_epoch_whose_end_the_checkpoint_missed_is_sent_when_the_fit_goes_on(t
         ]
         stored = file["state_dict"]["layer.weight"].numpy()
         assert (branch.uploads[0].layers[0] == stored).all()
+
+
+@pytest.mark.parametrize(
+    ("chosen", "place"), [("run/files", "run/branchkey"), (None, "root/branchkey")], ids=["dirpath", "root"]
+)
+def test_the_journal_lies_beside_the_checkpoints(tmp_path, chosen, place):
+    kept = ModelCheckpoint(tmp_path / chosen if chosen else None)
+    with Halving() as branch:
+        fit(branch, tmp_path / "root", [kept])
+        assert (tmp_path / place / f"{branch.credentials[0].id}.jsonl").exists()
+    assert len([*tmp_path.rglob("*.jsonl")]) == 1

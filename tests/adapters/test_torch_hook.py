@@ -375,3 +375,10 @@ def test_missing_torch_is_told_with_the_extra_to_install():
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert answer.stdout.startswith("MissingDependencyError branchkey_integrations.torch: expected PyTorch")
     assert "pip install 'branchkey-integrations[torch]'" in answer.stdout
+
+
+def test_a_loss_that_still_holds_its_graph_is_a_metric_without_a_warning(sandbox, client, recwarn):
+    loss = torch.ones(1, requires_grad=True).sum()
+    BranchKeyHook(seeded(), client).step(samples=1, metrics={"loss": loss})
+    assert json.loads(sandbox.metrics[0]["data"]) == {"loss": 1.0}
+    assert [str(warning.message) for warning in recwarn] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import zipfile
 
@@ -10,15 +11,16 @@ import pytest
 import torch
 from torch import nn
 
-from branchkey_integrations import Client, Gate
+from branchkey_integrations import Client, Gate, RetryPolicy
 from branchkey_integrations.errors import (
     AggregateRejectedError,
     ArchiveError,
     LayoutError,
     RoundTimeoutError,
 )
-from branchkey_integrations.sandbox import Sandbox
+from branchkey_integrations.sandbox import Answer, Sandbox
 from branchkey_integrations.torch import BranchKeyHook
+from tests.support.ranks import Ranks
 from tests.support.torch_nets import fitting, seeded, snapshot, train
 
 torch.set_num_threads(1)
@@ -284,3 +286,21 @@ def test_training_never_waits_when_told_so(silent, waiting):
     assert hook.step(samples=1).status == "applied"
     assert all(bool((p == 0.25).all()) for p in model.parameters())
     assert hook.collect(wait=False).status in ("pending", "skipped")
+
+
+def wait_on_the_disk(rank, url, credentials, folder):
+    once = RetryPolicy(attempts=1, backoff_s=0.01, backoff_max_s=0.02, budget_s=0.1)
+    make = functools.partial(Client, credentials, url, retry=once, timeout_s=5, output_dir=f"{folder}/out")
+    with BranchKeyHook(nn.Linear(3, 2), make, on_error="keep_local", journal=folder) as hook:
+        found = [hook.submit(samples=1).status, hook.pending]
+        hook.load_state_dict(hook.state_dict())
+        return [*found, hook.pending, hook.collect().status]
+
+
+def test_an_update_that_waits_on_the_disk_of_rank_0_is_pending_on_every_rank(tmp_path):
+    # Callbacks collect what is pending, and a rank that does not would leave the others waiting for ever.
+    down = Answer.json({"error": "away"}, 503)
+    with Sandbox(leaves=1) as branch, branch.intercept("upload", down), Ranks(tmp_path) as both:
+        answers = both.run(wait_on_the_disk, branch.url, branch.credentials[0].to_dict(), str(tmp_path))
+    assert [answer.traceback for answer in answers] == ["", ""]
+    assert [answer.value for answer in answers] == [["skipped", True, True, "skipped"]] * 2

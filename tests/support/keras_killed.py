@@ -24,7 +24,6 @@ def train(leaf: int, credentials: dict[str, str], url: str, folder: str, epochs:
     count = 20 + 4 * leaf
     x, y = made.normal(size=(count, 5)).astype("f4"), made.normal(size=(count, 2)).astype("f4")
     with Client(credentials, url, retry=RetryPolicy(backoff_s=0.05), output_dir=root / "out") as client:
-        (root / "started").touch()
         # Keras writes its backup in place; a kill in the middle of that needs the one before.
         backup = keras.callbacks.BackupAndRestore(root / "backup", double_checkpoint=True)
         callbacks = [BranchKeyCallback(client, timeout_s=60), backup]

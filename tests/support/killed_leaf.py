@@ -16,8 +16,8 @@ class KilledLeaf(threading.Thread):
 
     Args:
         context: makes processes.
-        train: a function that touches ``started`` in its folder when it begins.
-        kills_after_s: how long after that each of the first processes is killed.
+        train: a function that keeps a journal somewhere in its folder.
+        kills: when each of the first processes is killed: at how many lines of the journal, and how many seconds later.
     """
 
     def __init__(
@@ -28,34 +28,37 @@ class KilledLeaf(threading.Thread):
         index: int,
         folder: Path,
         epochs: int,
-        kills_after_s: list[float],
+        kills: list[tuple[int, float]],
     ) -> None:
         super().__init__()
         credentials = branch.credentials[index].to_dict()
         self.work = (index, credentials, branch.url, str(folder), epochs)
-        self.context, self.train, self.folder, self.kills_after_s = context, train, folder, list(kills_after_s)
+        self.context, self.train, self.folder, self.to_kill = context, train, folder, list(kills)
         self.kills = 0
         self.codes: list[int | None] = []
 
     def run(self) -> None:
         while not self.codes or self.codes[-1] == -9:
-            started = self.folder / "started"
-            started.unlink(missing_ok=True)
             process = self.context.Process(target=self.train, args=self.work)
             process.start()
-            if self.kills_after_s:
+            if self.to_kill:
+                lines, later_s = self.to_kill.pop(0)
                 deadline = time.monotonic() + 60
-                while not started.exists() and process.is_alive() and time.monotonic() < deadline:
-                    process.join(0.01)
-                process.join(self.kills_after_s.pop())
+                while self.noted() < lines and process.is_alive() and time.monotonic() < deadline:
+                    process.join(0.002)
+                process.join(later_s)
                 process.kill()
             process.join(110)
             self.codes.append(process.exitcode)
             self.kills += process.exitcode == -9
 
+    def noted(self) -> int:
+        """Count the lines of the journal."""
+        return sum(path.read_bytes().count(b"\n") for path in self.folder.glob("*/*.jsonl"))
+
 
 def federate(
-    context: Any, train: Any, folder: Path, epochs: int, kills: list[list[float]]
+    context: Any, train: Any, folder: Path, epochs: int, kills: list[list[tuple[int, float]]]
 ) -> tuple[list[KilledLeaf], list[int], int]:
     """Train leaves in one branch, one for each list of kills; give them, their numbers of updates, and that of rounds."""
     with Sandbox(leaves=len(kills)) as branch:
