@@ -163,10 +163,9 @@ class Journal:
         """An aggregate was announced. Called by the thread that listens, before the broker is told that it arrived."""
         self._note_if_possible({"event": "announced", "aggregation_id": aggregation_id})
 
-    def closed(self, number: int, status: str, aggregation_id: str | None, norm: float | None = None) -> None:
+    def closed(self, number: int, status: str, aggregation_id: str | None) -> None:
         """A round came to its end: ``applied``, ``rejected``, ``timeout``, ``stopped`` or ``skipped``."""
-        line = {"event": "closed", "round": number, "status": status, "aggregation_id": aggregation_id}
-        self._note_if_possible(line if norm is None else {**line, "norm": norm})
+        self._note_if_possible({"event": "closed", "round": number, "status": status, "aggregation_id": aggregation_id})
 
     def close(self) -> None:
         """Let go of the file. May be repeated."""

@@ -7,7 +7,6 @@ import json
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,11 @@ import pytest
 
 from branchkey_integrations import uploading
 from branchkey_integrations.background import Background
-from branchkey_integrations.client import Client
-from branchkey_integrations.config import RetryPolicy
 from branchkey_integrations.errors import ApiError, UnreachableError
-from branchkey_integrations.options import RoundOptions
-from branchkey_integrations.rounds import RoundEngine
 from branchkey_integrations.sandbox import Answer, Sandbox
+from tests.support.offline import DOWN, leaf, waiting
 from tests.support.rounds import wait
 from tests.support.stores import small_store
-
-#: What a broken link looks like to a client that may not try again.
-DOWN = Answer.json({"error": "away"}, 503)
-ONCE = RetryPolicy(attempts=1, backoff_s=0.01, backoff_max_s=0.02, budget_s=0.1)
 
 
 @pytest.fixture
@@ -40,22 +32,6 @@ def sandbox() -> Iterator[Sandbox]:
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(uploading, "FIRST_DELAY_S", 0.02)
     monkeypatch.setattr(uploading, "LONGEST_DELAY_S", 0.05)
-
-
-@contextmanager
-def leaf(sandbox: Sandbox, folder: Path, **options: Any) -> Iterator[RoundEngine]:
-    credentials = sandbox.credentials[0].to_dict()
-    with Client(credentials, sandbox.url, retry=ONCE, timeout_s=5, output_dir=folder / "out") as client:
-        given = {"timeout_s": 10.0, "on_error": "keep_local", "journal": folder, **options}
-        engine = RoundEngine(client, RoundOptions.of(**given))
-        try:
-            yield engine
-        finally:
-            engine.close()
-
-
-def waiting(folder: Path) -> list[str]:
-    return sorted(name for _, _, names in os.walk(folder / "spool") for name in names)
 
 
 def test_an_update_waits_on_the_disk_and_is_sent_and_answered_when_the_link_is_back(

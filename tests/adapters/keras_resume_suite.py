@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
 
 import keras
 import numpy as np
@@ -12,7 +11,7 @@ import pytest
 
 from branchkey_integrations import Client
 from branchkey_integrations.keras import BranchKeyCallback
-from branchkey_integrations.sandbox import Sandbox
+from tests.support.halving import Halving
 from tests.support.keras_models import numpy
 
 EPOCHS = 4
@@ -34,31 +33,6 @@ class Crash(keras.callbacks.Callback):
     def _fail(self, hook, epoch):
         if (self.hook, self.epoch) == (hook, epoch):
             raise RuntimeError("crash")
-
-
-class Halving:
-    """A branch whose aggregate of an update is half of it."""
-
-    def __enter__(self):
-        self.branch = Sandbox(leaves=1, quorum=2).open()
-        self.thread = threading.Thread(target=self.answer, daemon=True)
-        self.over = False
-        self.thread.start()
-        return self.branch
-
-    def __exit__(self, *_):
-        self.over = True
-        self.thread.join(20)
-        self.branch.close()
-
-    def answer(self):
-        answered = 0
-        while not self.over:
-            uploads = self.branch.uploads
-            for upload in uploads[answered:]:
-                self.branch.publish([layer / 2 for layer in upload.layers])
-            answered = len(uploads)
-            threading.Event().wait(0.01)
 
 
 def fit(branch, folder, crash=None, **options):

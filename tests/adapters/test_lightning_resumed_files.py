@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from branchkey_integrations.lightning import BranchKeyCallback
-from branchkey_integrations.sandbox import Sandbox
+from tests.support.halving import Halving
 from tests.support.lightning_nets import Net, connect, data, held_out, make_trainer, same, weights
 
 torch.set_num_threads(1)
@@ -22,30 +20,6 @@ WAYS = {
     "three steps": {"every_n_train_steps": 3},
     "last batch": {"every_n_train_steps": 5},
 }
-
-
-class Halving:
-    """A branch whose aggregate of an update is half of it."""
-
-    def __enter__(self):
-        self.branch = Sandbox(leaves=1, quorum=2).open()
-        self.over = threading.Event()
-        self.thread = threading.Thread(target=self.answer, daemon=True)
-        self.thread.start()
-        return self.branch
-
-    def __exit__(self, *_):
-        self.over.set()
-        self.thread.join(20)
-        self.branch.close()
-
-    def answer(self):
-        answered = 0
-        while not self.over.wait(0.01):
-            uploads = self.branch.uploads
-            for upload in uploads[answered:]:
-                self.branch.publish([layer / 2 for layer in upload.layers])
-            answered = len(uploads)
 
 
 def fit(branch, folder, checkpoints=(), **options):
