@@ -25,6 +25,7 @@ from branchkey_integrations.errors import (
     DownloadError,
     UploadUncertainError,
 )
+from branchkey_integrations.redaction import Secret
 from branchkey_integrations.transport import AnswerLostError, Repeat, Transport
 
 METRIC_MODES = ("test", "train", "non-federated")
@@ -34,6 +35,9 @@ _STORED = 201
 #: What a key of an answer looks like, and how many are shown.
 _KEY = re.compile(r"[A-Za-z_]{1,30}", re.ASCII)
 _MOST_KEYS = 12
+#: Longest status of a run, and what the id of a file looks like: it stands in logs and in the journal.
+_LONGEST_WORD = 256
+_FILE_ID = re.compile(r"[!-~]{1,256}")
 #: Statuses by which an object store says that a presigned link has run out, or that something is wrong with it.
 _LINK_REFUSED = frozenset({400, 401, 403, 404, 410})
 
@@ -102,15 +106,15 @@ class Api:
         self._transport = transport
         self._credentials = credentials
 
-    def run_details(self) -> RunDetails:
-        """Ask for the run's status and number."""
-        action = "run details"
+    def run_details(self, *, patient: bool = True) -> RunDetails:
+        """Ask for the run's status and number; once only unless ``patient``, for those who ask again by themselves."""
+        action, repeat = "run details", Repeat.ALWAYS if patient else Repeat.NEVER
         answer = self._transport.call(
-            action, "GET", f"/api/v1/run/{_segment(self._credentials.branch_id)}", success=200, repeat=Repeat.ALWAYS
+            action, "GET", f"/api/v1/run/{_segment(self._credentials.branch_id)}", success=200, repeat=repeat
         )
         data = _data(action, answer)
         status, number = data.get("run_status"), data.get("run_number")
-        if not isinstance(status, str) or not isinstance(number, int):
+        if not isinstance(status, str) or len(status) > _LONGEST_WORD or not isinstance(number, int):
             raise _incomplete(action, "run_status and run_number", data)
         return RunDetails(status, number)
 
@@ -172,19 +176,20 @@ class Api:
             raise _uncertain(error, info) from error
         data = answer.get("data")
         file_id = data.get("file_id") if isinstance(data, dict) else None
-        if not isinstance(file_id, str) or not file_id:
+        if not isinstance(file_id, str) or not _FILE_ID.fullmatch(file_id):
             raise _uncertain(_incomplete("upload", "file_id", answer), info)
         return file_id
 
-    def download(self, aggregation_id: str, target: BinaryIO) -> int:
+    def download(self, aggregation_id: str, target: BinaryIO, max_bytes: int | None = None) -> int:
         """Stream an aggregate into ``target`` and return its length in bytes.
 
-        A link that is refused is asked for once more, since links expire.
+        A link that is refused is asked for once more, since links expire. What is longer than ``max_bytes`` is refused by
+        its declared length, or as soon as it has grown longer.
         """
         for last_try in (False, True):
             url = self._download_url(aggregation_id)
             try:
-                return self._transport.fetch(f"download of {aggregation_id}", url, target)
+                return self._transport.fetch(f"download of {aggregation_id}", url, target, max_bytes=max_bytes)
             except DownloadError as error:
                 if last_try or error.status not in _LINK_REFUSED:
                     raise
@@ -238,7 +243,7 @@ class Api:
         ticket, request = (data.get("ticket_id"), data.get("request_id")) if isinstance(data, dict) else (None, None)
         if not (isinstance(ticket, str) and ticket and isinstance(request, str) and request):
             raise _incomplete(action, "ticket_id and request_id", answer)
-        return ticket, request
+        return Secret(ticket), Secret(request)
 
     def _download_url(self, aggregation_id: str) -> str:
         action = f"download of {aggregation_id}"
@@ -253,7 +258,7 @@ class Api:
         url = _data(action, answer).get("download_url")
         if not isinstance(url, str) or not url:
             raise _incomplete(action, "download_url", answer)
-        return url
+        return Secret(url)
 
 
 def metrics_text(data: object) -> str:
@@ -313,16 +318,18 @@ def _segment(identifier: str) -> str:
     return quote(identifier, safe="")
 
 
-def _data(action: str, answer: Mapping[str, Any]) -> dict[str, Any]:
+def _data(action: str, answer: dict[str, Any]) -> dict[str, Any]:
     data = answer.get("data")
     if not isinstance(data, dict):
         raise _incomplete(action, "data", answer)
     return data
 
 
-def _incomplete(action: str, wanted: str, answer: Mapping[str, Any]) -> ApiError:
+def _incomplete(action: str, wanted: str, answer: dict[str, Any]) -> ApiError:
     # Only key names are shown, and only such as APIs have: anything else may be a presigned URL, a ticket or a token.
     keys = [key if _KEY.fullmatch(key) else "…" for key in sorted(map(str, answer))][:_MOST_KEYS]
+    # For the same reason nothing of it may go along in a traceback, which may be printed with local variables.
+    answer.clear()
     return ApiError(
         what=action,
         expected=f"an answer with {wanted}",

@@ -67,4 +67,4 @@ def validate_upload(path: str | os.PathLike[str]) -> ArchiveInfo:
         if bad is not None:
             raise not_finite(f"layer_{bad}")
         whole = file_digest(path)
-        return ArchiveInfo(whole.size_bytes, whole.sha256, archive.headers, archive.weighting)
+        return ArchiveInfo(whole.size_bytes, whole.sha256, tuple(archive.headers), archive.weighting)

@@ -34,6 +34,13 @@ _FIELD = re.compile(
 )
 _NUMBER = r"\s*-?(?:0|[1-9][0-9]{0,18})L?\s*"  # Python 2 wrote an L behind long ones
 _AXES = re.compile(rf"\s*|{_NUMBER},(?:{_NUMBER},)*(?:{_NUMBER})?\s*", re.ASCII)
+_AXIS = r"(?:0|[1-9][0-9]{0,18})"
+#: Headers as numpy writes them, which is nearly all there are.
+_NUMPYS = re.compile(
+    r"\{'descr': '([<>|][a-z][0-9])', 'fortran_order': (True|False), "
+    rf"'shape': \(((?:{_AXIS},|{_AXIS}(?:, {_AXIS})+)?)\), \}} *\n",
+    re.ASCII,
+)
 _OBJECT = re.compile(r"""['"][|<>=]?O[0-9]*['"]""", re.ASCII)
 
 
@@ -91,7 +98,7 @@ def read_text(key: str, take: Callable[[int], bytes]) -> tuple[str, int]:
 
 def refuse_objects(key: str, text: str) -> None:
     """Refuse an array of Python objects, whose values would have to be unpickled, which means run."""
-    if _OBJECT.search(text):
+    if "O" in text and _OBJECT.search(text):
         raise ArchiveError(
             what=key,
             expected="an array of numbers",
@@ -116,12 +123,12 @@ def decode(key: str, take: Callable[[int], bytes], member_bytes: int) -> NpyHead
     descr, fortran, shape = _fields(key, text)
     dtype = _dtype(key, descr)
     native = dtype.newbyteorder("=")
-    if len(shape) > MAX_AXES or any(axis < 0 for axis in shape):
+    if len(shape) > MAX_AXES or (shape and min(shape) < 0):
         raise ArchiveError(
             what=key, expected=f"at most {MAX_AXES} axes, none negative", found=f"shape {shape}", fix=_BROKEN_FIX
         )
     # Axes of length 0 do not count here: numpy multiplies the others all the same, and fails where they overflow.
-    if math.prod(max(axis, 1) for axis in shape) * dtype.itemsize > sys.maxsize:
+    if math.prod([axis or 1 for axis in shape]) * dtype.itemsize > sys.maxsize:
         raise ArchiveError(what=key, expected="an array that fits into memory", found=f"shape {shape}", fix=_BROKEN_FIX)
     layer = LayerHeader(shape, native)
     if length + layer.nbytes != member_bytes:
@@ -138,6 +145,9 @@ _BROKEN_FIX = "The file is broken or forged; get it again"
 
 
 def _fields(key: str, text: str) -> tuple[str, bool, tuple[int, ...]]:
+    plain = _NUMPYS.fullmatch(text)
+    if plain:
+        return plain[1], plain[2] == "True", tuple([int(axis) for axis in plain[3].split(",") if axis])
     text = " ".join(text.split())  # a header may be padded with spaces, which the patterns would try one by one
     values: dict[str, Any] = {}
     position = 1

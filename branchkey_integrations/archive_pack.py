@@ -10,6 +10,7 @@ from typing import Any, BinaryIO, Union
 import numpy as np
 
 from branchkey_integrations import archive_npy, archive_zip, deflate
+from branchkey_integrations.archive_hash import Follower, can_follow
 from branchkey_integrations.archive_values import LayerStream, not_finite
 from branchkey_integrations.archive_zip import STORED, Member
 from branchkey_integrations.errors import ArchiveError
@@ -105,18 +106,22 @@ class ZipWriter:
     Args:
         file: written from where it stands. Where it can be read and sought too, large members are packed only once.
         method: ``STORED`` or ``DEFLATED``.
+        beside: hash in a thread of its own, where the file allows it; then :meth:`close` is due in the end.
     """
 
-    def __init__(self, file: BinaryIO, method: int) -> None:
+    def __init__(self, file: BinaryIO, method: int, *, beside: bool = False) -> None:
         self._file: Any = file
         self._method = method
-        self._members: list[Member] = []
+        #: The directory as it will be written: sixty bytes a layer, where a list of members would take four hundred.
+        self._directory, self._count = bytearray(), 0
         self._sha256 = hashlib.sha256()
         self._size = 0
         # A file opened for appending takes every write at its end, wherever it was sought to.
         appends = "a" in str(getattr(file, "mode", ""))
         self._can_patch = _can(file, "seekable") and _can(file, "readable") and not appends
         self._origin: int = file.tell() if self._can_patch else 0
+        descriptor = can_follow(file) if beside and self._can_patch else None
+        self._follower = None if descriptor is None else Follower(descriptor, self._origin)
 
     def add(self, key: str, layer: Layer, *, finite: bool = False) -> None:
         """Write one member, packed straight from the memory of ``layer``."""
@@ -129,13 +134,23 @@ class ZipWriter:
             self._add_patched(packing)
         else:
             self._add_twice(packing)
-        self._members.append(packing.member(offset))
+        self._directory += archive_zip.central_record(packing.member(offset))
+        self._count += 1
 
     def finish(self) -> tuple[int, bytes]:
         """Write the directory; give size and SHA-256 of all that was written."""
-        self._emit(*archive_zip.directory(self._members, self._size))
+        ends = archive_zip.end_records(self._count, len(self._directory), self._size)
+        self._emit(self._directory, *ends)
         self._file.flush()
-        return self._size, self._sha256.digest()
+        if self._follower is None:
+            return self._size, self._sha256.digest()
+        self._follower.reached(self._origin + self._size)
+        return self._size, self._follower.digest()
+
+    def close(self) -> None:
+        """End the thread that hashes, if there is one. May be called twice."""
+        if self._follower is not None:
+            self._follower.close()
 
     def _add_patched(self, packing: Packing) -> None:
         """Write a member behind an empty header, fill that in, and hash both from the system's cache."""
@@ -147,16 +162,26 @@ class ZipWriter:
         end = self._origin + offset + len(empty) + packing.packed_bytes
         self._file.seek(self._origin + offset)
         self._write(archive_zip.local_header(packing.member(offset)))
-        self._file.seek(self._origin + offset)
-        left = len(empty) + packing.packed_bytes
+        if self._follower is None:
+            self._hash_again(offset, end - self._origin)
+        self._file.seek(end)
+        self._grown(end - self._origin)
+
+    def _hash_again(self, start: int, end: int) -> None:
+        self._file.seek(self._origin + start)
+        left = end - start
         while left:
             piece = self._file.read(min(left, _REREAD_BYTES))
             if not piece:
                 raise OSError("the file lost what was written to it")
             self._sha256.update(piece)
             left -= len(piece)
-        self._file.seek(end)
-        self._size = end - self._origin
+
+    def _grown(self, size: int) -> None:
+        self._size = size
+        if self._follower is not None and self._follower.wants(self._origin + size):
+            self._file.flush()
+            self._follower.reached(self._origin + size)
 
     def _add_twice(self, packing: Packing) -> None:
         """Pack for the sizes, then again for good: there is no way back to the header, nor memory for the whole."""
@@ -175,10 +200,13 @@ class ZipWriter:
             )
 
     def _emit(self, *pieces: Piece) -> None:
+        size = self._size
         for piece in pieces:
             self._write(piece)
-            self._sha256.update(piece)
-            self._size += len(piece)
+            size += len(piece)
+            if self._follower is None:
+                self._sha256.update(piece)
+        self._grown(size)
 
     def _write(self, piece: Piece) -> None:
         view = memoryview(piece)

@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO, NamedTuple, Union, overload
+from itertools import chain
+from typing import Any, BinaryIO, Union, overload
 
 import numpy as np
 
-from branchkey_integrations import archive_npy, archive_zip
+from branchkey_integrations import archive_npy
+from branchkey_integrations.archive_kept import Kept, Reader, keep
 from branchkey_integrations.archive_npy import NpyHeader
+from branchkey_integrations.archive_open import HEADER_FEED_BYTES, open_members
 from branchkey_integrations.archive_stream import PIECE_BYTES, ByteSource, MemberStream
+from branchkey_integrations.archive_table import Headers
 from branchkey_integrations.archive_values import LayerHeader
-from branchkey_integrations.archive_zip import Member, broken, shown
+from branchkey_integrations.archive_zip import STORED, Member, shown
 from branchkey_integrations.errors import ArchiveError
 from branchkey_integrations.values import all_finite
 
-#: Nine digits are more than there can be members, and few enough for int() to be quick.
-_LAYER = re.compile(r"layer_(0|[1-9][0-9]{0,8})", re.ASCII)
 _WEIGHTING = "weighting"
-#: Packed bytes that nearly always hold an array's header; the stream reads on where they do not.
-_HEADER_FEED_BYTES = 1024
 _CHECK_ITEMS = 64 * 1024
 
 Source = Union[str, "os.PathLike[str]", BinaryIO]
-
-
-class _Layer(NamedTuple):
-    member: Member
-    start: int
-    header: NpyHeader
 
 
 class Archive(Sequence[np.ndarray]):
@@ -43,34 +36,27 @@ class Archive(Sequence[np.ndarray]):
     None), ``extras`` the names of all members that are not layers, ``size_bytes`` the size of the file.
     """
 
-    def __init__(self, source: ByteSource, max_bytes: int | None = None, private: bool = False) -> None:
+    def __init__(
+        self, source: ByteSource, max_bytes: int | None = None, private: bool = False, layers: int | None = None
+    ) -> None:
         self._source = source
         #: Nobody else can change the file: what was checked once stays so, and may be read again in place of a copy.
         self.private = private
         #: What the values were checked against by a pass over all of them (a model's layout); None as long as they were not.
         self.checked_for: object = None
+        self._kept: Kept | None = None
         self.size_bytes: int = source.size
-        members, end = archive_zip.read_directory(source.read_at, source.size)
-        layers, extras = _sort(members)
-        _refuse_size(members, max_bytes)
-        # One call a member that is no layer, too: a name that is wrong in one of its two places betrays damage.
-        starts = {member.name: archive_zip.read_local_header(source.read_at, member) for member in members}
-        archive_zip.refuse_overlaps(
-            [(member.offset, starts[member.name] + member.packed_bytes) for member in members], end
-        )
-        self._members = [(member, starts[member.name]) for member in members]
-        self._layers = [self._open_layer(member, starts[member.name]) for member in layers]
-        self.headers: tuple[LayerHeader, ...] = tuple(layer.header.layer for layer in self._layers)
-        self.extras: tuple[str, ...] = tuple(extras)
-        for key, member in extras.items():
-            text, _ = archive_npy.read_text(shown(member.name), self._stream(member, starts[member.name]).take)
-            archive_npy.refuse_objects(shown(key), text)
+        self._table, self._extras = open_members(source, layers, max_bytes)
+        self.headers: Sequence[LayerHeader] = Headers(self._table)
+        self.extras: tuple[str, ...] = tuple(self._extras)
         self.weighting: float | None = None
-        if _WEIGHTING in extras:
-            self.weighting = self._read_weighting(extras[_WEIGHTING], starts[extras[_WEIGHTING].name])
+        if _WEIGHTING in self._extras:
+            self.weighting = self._read_weighting(*self._extras[_WEIGHTING])
 
     @classmethod
-    def open(cls, source: Source, *, max_bytes: int | None = None, private: bool = False) -> Archive:
+    def open(
+        cls, source: Source, *, max_bytes: int | None = None, private: bool = False, layers: int | None = None
+    ) -> Archive:
         """Open an archive and judge it by its headers alone.
 
         Args:
@@ -78,14 +64,16 @@ class Archive(Sequence[np.ndarray]):
             max_bytes: most bytes that all members may take unpacked; None for no limit. No memory is taken for values here,
                 and a layer takes only its own size when it is read.
             private: nobody else can write to the file, since it has no name; then a model may be loaded in place from it.
+            layers: how many there must be, where that is known: another number is refused before its headers are looked at.
 
         Raises:
+            LayoutError: another number of layers.
             ArchiveError: no NPZ archive, a broken one, or one that holds anything but layers 0..n-1 of plain numbers (and
                 extras, which are not looked into). Names the layer.
         """
         opened = ByteSource(source)
         try:
-            return cls(opened, max_bytes, private)
+            return cls(opened, max_bytes, private, layers)
         except ArchiveError as error:
             if error.what == "archive" and opened.name != "archive":
                 error.what = f"archive {opened.name}"
@@ -98,6 +86,18 @@ class Archive(Sequence[np.ndarray]):
     def close(self) -> None:
         """Let go of the file; reading is over. May be called twice."""
         self._source.close()
+        if self._kept is not None:
+            self._kept.close()
+
+    def keep_unpacked(self) -> None:
+        """Have the next pass over ``pieces`` keep on the disk what it unpacks, for the passes after it.
+
+        It takes the size of the values in a temporary file that has no name; without the room for it, nothing is kept.
+        """
+        if self._kept is None:
+            table = self._table
+            packed = (index for index in range(len(self)) if table.member(index).method != STORED)
+            self._kept = keep({index: self.headers[index].nbytes for index in packed})
 
     def __enter__(self) -> Archive:
         return self
@@ -106,7 +106,7 @@ class Archive(Sequence[np.ndarray]):
         self.close()
 
     def __len__(self) -> int:
-        return len(self._layers)
+        return len(self._table)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[index] for index in range(len(self)))
@@ -118,10 +118,11 @@ class Archive(Sequence[np.ndarray]):
     def __getitem__(self, index: int | slice) -> np.ndarray | list[np.ndarray]:
         if isinstance(index, slice):
             return [self[position] for position in range(*index.indices(len(self)))]
-        header = self._layers[index].header
+        index = range(len(self))[index]
+        header = self._table.header(index)
         # Fortran order is the same bytes with the axes turned round.
         array = np.empty(header.layer.shape[:: -1 if header.fortran else 1], header.layer.dtype)
-        self._unpack(self._layers[index], array)
+        self._unpack(index, header, array)
         if header.swapped:
             array.byteswap(inplace=True)
         return np.array(array.T, order="C") if header.fortran else array
@@ -141,9 +142,9 @@ class Archive(Sequence[np.ndarray]):
             ArchiveError: another shape, a cast between kinds of numbers, a finite value too large for the dtype of ``out``
                 (nothing was written in these cases), or broken data.
         """
-        layer = self._layers[index]
-        header = layer.header
-        what = shown(layer.member.name)
+        index = range(len(self))[index]
+        header = self._table.header(index)
+        what = f"layer_{index}"
         if out.shape != header.layer.shape:
             raise ArchiveError(
                 what=what, expected=f"shape {out.shape}", found=f"shape {header.layer.shape}", fix=_MODEL_FIX
@@ -153,7 +154,7 @@ class Archive(Sequence[np.ndarray]):
             found = f"{out.dtype}{'' if out.flags.writeable else ' (read-only)'}"
             raise ArchiveError(what=what, expected=expected, found=found, fix="Pass an array of a float dtype")
         if out.dtype == header.layer.dtype and out.flags.c_contiguous and not (header.swapped or header.fortran):
-            self._unpack(layer, out)
+            self._unpack(index, header, out)
             return
         array = self[index]
         _refuse_overflow(what, array, out.dtype)
@@ -168,25 +169,29 @@ class Archive(Sequence[np.ndarray]):
         Raises:
             ArchiveError: broken data.
         """
-        layer = self._layers[index]
-        dtype, swapped = layer.header.layer.dtype, layer.header.swapped
-        buffer = np.empty(PIECE_BYTES, np.uint8)
-        stream = MemberStream(self._source, layer.member, layer.start)
-        stream.take(layer.header.length)
-        left = layer.header.layer.nbytes
+        index = range(len(self))[index]
+        header = self._table.header(index)
+        dtype, left = header.layer.dtype, header.layer.nbytes
+        buffer = np.empty(min(left, PIECE_BYTES), np.uint8)
+        stream = self._values(index, header)
+        copy = None if self._kept is None else self._kept.writer(index)
         while left:
             part = buffer[: min(left, PIECE_BYTES)]
             stream.fill(part.data)
             left -= len(part)
+            if copy is not None:
+                copy.put(part.data)
             values = part.view(dtype)
-            if swapped:
+            if header.swapped:
                 values.byteswap(inplace=True)
             yield values
         stream.finish()
+        if copy is not None:
+            copy.done()
 
     def in_c_order(self, index: int) -> bool:
         """Tell whether the last axis of layer ``index`` varies fastest in the file."""
-        return not self._layers[index].header.fortran
+        return not self._table.header(range(len(self))[index]).fortran
 
     def check(self) -> None:
         """Unpack every member to nothing, in 0.5 MB of memory, and check its length and CRC.
@@ -194,7 +199,9 @@ class Archive(Sequence[np.ndarray]):
         Raises:
             ArchiveError: names the member that is broken.
         """
-        for member, start in self._members:
+        table = self._table
+        layers = ((table.member(index), table.start(index)) for index in range(len(table)))
+        for member, start in chain(layers, self._extras.values()):
             stream = MemberStream(self._source, member, start)
             stream.skip()
             stream.finish()
@@ -208,64 +215,40 @@ class Archive(Sequence[np.ndarray]):
                     first = index
         return first
 
-    def _stream(self, member: Member, start: int) -> MemberStream:
-        return MemberStream(self._source, member, start, _HEADER_FEED_BYTES)
-
-    def _open_layer(self, member: Member, start: int) -> _Layer:
-        take = self._stream(member, start).take
-        return _Layer(member, start, archive_npy.decode(shown(member.name), take, member.raw_bytes))
-
     def _read_weighting(self, member: Member, start: int) -> float | None:
+        stream = MemberStream(self._source, member, start, HEADER_FEED_BYTES)
         try:
-            layer = self._open_layer(member, start)
+            header = archive_npy.decode(shown(member.name), stream.take, member.raw_bytes)
         except ArchiveError:
             # Strings and the like are an extra that is none of ours, no reason to refuse the layers; damage is one.
-            stream = self._stream(member, start)
+            stream = MemberStream(self._source, member, start)
             stream.skip()
             stream.finish()
             return None
-        if layer.header.layer.dtype.kind == "b" or layer.header.layer.nbytes != layer.header.layer.dtype.itemsize:
+        dtype = header.layer.dtype
+        if dtype.kind == "b" or header.layer.nbytes != dtype.itemsize:
             return None
-        value = np.empty(1, layer.header.layer.dtype)
-        self._unpack(layer, value)
-        return float(value.byteswap()[0] if layer.header.swapped else value[0])
+        value = np.empty(1, dtype)
+        stream.fill(value.view(np.uint8).data)
+        stream.finish()
+        return float(value.byteswap()[0] if header.swapped else value[0])
 
-    def _unpack(self, layer: _Layer, out: np.ndarray) -> None:
-        stream = MemberStream(self._source, layer.member, layer.start)
-        stream.take(layer.header.length)
+    def _unpack(self, index: int, header: NpyHeader, out: np.ndarray) -> None:
+        stream = self._values(index, header)
         stream.fill(out.reshape(-1).view(np.uint8).data)
         stream.finish()
 
+    def _values(self, index: int, header: NpyHeader) -> MemberStream | Reader:
+        """Read a layer's values from where they are had at the least cost."""
+        kept = None if self._kept is None else self._kept.reader(index, f"layer_{index}")
+        if kept is not None:
+            return kept
+        stream = MemberStream(self._source, self._table.member(index), self._table.start(index))
+        stream.take(header.length)
+        return stream
+
 
 _MODEL_FIX = "All leaves of a branch need the same model"
-
-
-def _sort(members: list[Member]) -> tuple[list[Member], dict[str, Member]]:
-    """Put the layers into numeric order, demanding exactly 0..n-1; give the other members by name."""
-    layers: dict[int, Member] = {}
-    extras: dict[str, Member] = {}
-    for member in members:
-        if not member.name.endswith(".npy"):
-            raise broken("a raw member", what=shown(member.name), expected="arrays only, named *.npy")
-        key = member.name[: -len(".npy")]
-        match = _LAYER.fullmatch(key)
-        if match:
-            layers[int(match[1])] = member
-        elif key.startswith("layer_"):
-            raise broken("another name", what=shown(member.name), expected="names layer_0, layer_1, layer_2 and so on")
-        else:
-            extras[key] = member
-    for index in range(len(layers)):
-        if index not in layers:
-            found = f"layers up to layer_{max(layers)} without it"
-            raise broken(found, what=f"layer_{index}", expected="layers 0..n-1 without a gap")
-    return [layers[index] for index in range(len(layers))], extras
-
-
-def _refuse_size(members: list[Member], max_bytes: int | None) -> None:
-    total = sum(member.raw_bytes for member in members)
-    if max_bytes is not None and total > max_bytes:
-        raise broken(f"{total} bytes", expected=f"at most {max_bytes} bytes unpacked")
 
 
 def _refuse_overflow(what: str, array: np.ndarray, dtype: np.dtype[Any]) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, BinaryIO, Literal, Union, cast
 
 import numpy as np
 
-from branchkey_integrations import archive_npy, archive_zip
+from branchkey_integrations import archive_npy, archive_zip, parts
 from branchkey_integrations.archive_pack import Layer, ZipWriter
 from branchkey_integrations.archive_values import ArchiveInfo, LayerHeader, LayerStream, check_weighting
 from branchkey_integrations.archive_zip import DEFLATED, STORED
 from branchkey_integrations.errors import ArchiveError, ConfigurationError
+from branchkey_integrations.parallel import WORTH_BYTES, cores
 
 Target = Union[str, "os.PathLike[str]", BinaryIO]
 
@@ -59,8 +59,9 @@ def write_archive(
     name = os.fspath(target) if isinstance(target, (str, os.PathLike)) else "archive"
     try:
         with contextlib.ExitStack() as stack:
-            file = stack.enter_context(_replacing(name)) if isinstance(target, (str, os.PathLike)) else target
-            writer = ZipWriter(file, method)
+            file = stack.enter_context(parts.replacing(name)) if isinstance(target, (str, os.PathLike)) else target
+            writer = ZipWriter(file, method, beside=_worth_a_thread(layers))
+            stack.callback(writer.close)
             if weighting is not None:
                 writer.add("weighting", np.array([weighting], dtype="<f8"), finite=False)
             for index, layer in enumerate(layers):
@@ -73,8 +74,11 @@ def write_archive(
             found=error.strerror or str(error),
             fix="Check the folder, the rights on it and the space left; no half file was left there",
         ) from error
-    headers = tuple(LayerHeader(layer.shape, layer.dtype.newbyteorder("=")) for layer in layers)
-    return ArchiveInfo(size, sha256, headers, weighting)
+    return ArchiveInfo(size, sha256, _headers(layers), weighting)
+
+
+def _worth_a_thread(layers: Sequence[Layer]) -> bool:
+    return cores() > 1 and sum(layer.nbytes for layer in layers) >= WORTH_BYTES
 
 
 def _prepare(arrays: Iterable[Any], needed: bool) -> list[Layer]:
@@ -100,6 +104,16 @@ def _prepare(arrays: Iterable[Any], needed: bool) -> list[Layer]:
     return layers
 
 
+def _headers(layers: Iterable[Layer]) -> tuple[LayerHeader, ...]:
+    # Layers of one shape share one header: models of many layers have few shapes.
+    known: dict[tuple[tuple[int, ...], np.dtype[Any]], LayerHeader] = {}
+    headers = []
+    for layer in layers:
+        key = (layer.shape, layer.dtype.newbyteorder("="))
+        headers.append(known.setdefault(key, LayerHeader(*key)))
+    return tuple(headers)
+
+
 def _as_layer(what: str, value: object) -> Layer:
     if not isinstance(value, np.ndarray) and hasattr(value, "pieces"):
         # Asking isinstance() of a protocol takes longer than packing a small layer.
@@ -122,19 +136,3 @@ def _as_layer(what: str, value: object) -> Layer:
         found=found,
         fix="Convert it to a float32 numpy array before the upload",
     ) from reason
-
-
-@contextlib.contextmanager
-def _replacing(path: str) -> Iterator[BinaryIO]:
-    """Open a new file beside ``path`` that takes its name at the end, or goes away."""
-    folder, base = os.path.split(path)
-    part = os.path.join(folder, f".{base[:100]}.{secrets.token_hex(6)}.part")
-    try:
-        # Mode "x" gives the rights that any new file here gets; tempfile would give none to the group.
-        with open(part, "x+b") as file:
-            yield file
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(part)
-        raise

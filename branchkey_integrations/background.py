@@ -6,6 +6,7 @@ import contextlib
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -73,3 +74,13 @@ class Background(Generic[Result]):
             self._result = work(stop)
         except BaseException as error:  # noqa: BLE001  raised where it is taken
             self._error = error
+            _let_go(error)
+
+
+def _let_go(error: BaseException) -> None:
+    """Free what the calls that failed held: an error that nobody has taken yet shall not keep a copy of a model."""
+    links: list[BaseException | None] = [error]
+    for link in links:
+        if link is not None:
+            traceback.clear_frames(link.__traceback__)
+            links += [found for found in (link.__cause__, link.__context__) if found not in links]

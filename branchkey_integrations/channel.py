@@ -40,6 +40,11 @@ def open_channel(
         kind: ``"amqp"``, ``"websocket"``, or ``"auto"``: AMQP when a broker host is given, else WebSocket, and AMQP at the
             platform's host where the platform has no WebSocket tickets.
     """
+    if endpoint.scheme == "http" and endpoint.host not in _LOOPBACK:
+        warnings.warn(
+            f"the session token and all weights cross the network to {endpoint.netloc} in the clear; pass an https host",
+            stacklevel=3,
+        )
     ticket: tuple[str, str] | None = None
     if kind == "auto":
         kind = "amqp" if amqp_host else "websocket"

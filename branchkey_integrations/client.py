@@ -5,13 +5,13 @@ Every line of the platform's client documentation runs against :class:`Client` a
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
@@ -31,14 +31,15 @@ from branchkey_integrations.config import (
     check_verify,
 )
 from branchkey_integrations.credentials import Credentials, CredentialsSource
-from branchkey_integrations.errors import ApiError, BranchKeyError, ClientClosedError
+from branchkey_integrations.errors import ApiError, BranchKeyError
 from branchkey_integrations.events import AggregateReady, Mailbox, Notification, RunStatusChanged, check_aggregation_id
 from branchkey_integrations.link import Link, check_compression
 from branchkey_integrations.outcome import Note, UploadReceipt
+from branchkey_integrations.parameters import Layout
 from branchkey_integrations.quarantine import quarantine_of
 from branchkey_integrations.run_state import RunState
 from branchkey_integrations.transport import Transport
-from branchkey_integrations.waiting import wait_for_aggregation
+from branchkey_integrations.waiting import closed_error, wait_for_aggregation
 
 logger = logging.getLogger("branchkey_integrations.client")
 
@@ -95,7 +96,8 @@ class Client:
         compression: str = "deflate",
         quarantine_dir: str | os.PathLike[str] | bool | None = None,
     ) -> None:
-        self._credentials = Credentials.load(credentials)
+        # The name is bound anew, so that a traceback that is printed with local variables does not show the user's mapping.
+        credentials = self._credentials = Credentials.load(credentials)
         self._endpoint = Endpoint.parse(host)
         verify = check_verify(ssl)
         check_seconds("timeout_s", timeout_s)
@@ -111,6 +113,8 @@ class Client:
         self.wait_for_run = bool(wait_for_run)
         self.run_check_interval_s = run_check_interval_s
         self.output_dir = os.fspath(output_dir)
+        #: Longest aggregate in bytes; None: what the model can need, or 64 GiB where no model is known.
+        self.max_download_bytes: int | None = None
         self._quarantine = quarantine_of(quarantine_dir, self.output_dir)
         self._link, self._compression = Link(), check_compression(compression)
         self.last_upload: UploadReceipt | None = None
@@ -154,13 +158,17 @@ class Client:
 
     @property
     def run_status(self) -> str:
-        """Last known status of the run: ``start``, ``pause`` or ``stop``."""
+        """Status of the run: ``start``, ``pause`` or ``stop``. An announced stop counts when the platform confirms it."""
         return self._run.status
 
     @property
     def run_number(self) -> int:
         """Number of the run; asked for again after the platform has announced a start."""
         return self._run.number
+
+    def ask_run_number(self) -> int:
+        """Ask the platform for the number of the run, which may have changed while no notification could come."""
+        return self._run.ask_number()
 
     @property
     def is_authenticated(self) -> bool:
@@ -300,7 +308,7 @@ class Client:
             timeout_s,
             newer_than=newer_than,
             give_up=give_up,
-            require_open=self._require_open,
+            require_open=self._run.watch(self.run_check_interval_s, self._require_open),
             refused=lambda: self._refused,
         )
 
@@ -313,18 +321,20 @@ class Client:
         """
         identifier = check_aggregation_id(aggregation_id)
         self._require_open()
-        return exchange.store(self._api, identifier, self.output_dir)
+        return exchange.store(self._api, identifier, self.output_dir, self.max_download_bytes)
 
-    @contextlib.contextmanager
-    def open_aggregation(self, aggregation_id: str, *, quarantine: bool = False) -> Iterator[Archive]:
+    def open_aggregation(
+        self, aggregation_id: str, *, quarantine: bool = False, layout: Layout | None = None
+    ) -> AbstractContextManager[Archive]:
         """Download an aggregate into an unlinked temporary file and open it; layers are decoded one at a time.
 
-        With ``quarantine`` it is kept in ``quarantine_dir`` if it is no sound archive, or is refused within the block.
+        With ``quarantine`` it is kept in ``quarantine_dir`` if it is no sound archive, or is refused within the block. With
+        ``layout`` what no model of it can be is refused before it takes room or memory.
         """
         identifier = check_aggregation_id(aggregation_id)
         self._require_open()
-        with exchange.opened(self._api, identifier, self._quarantine if quarantine else None) as archive:
-            yield archive
+        kept = self._quarantine if quarantine else None
+        return exchange.opened(self._api, identifier, kept, layout=layout, max_bytes=self.max_download_bytes)
 
     def load_aggregation(self, aggregation_id: str) -> list[np.ndarray]:
         """Download an aggregate and return its layers in order; no file is left behind."""
@@ -353,7 +363,7 @@ class Client:
             return
         self._closed.set()
         self._run.wake()
-        self._mailbox.fail(_closed_error())
+        self._mailbox.fail(closed_error())
         self._transport.close()
         self._listener.close()
 
@@ -364,14 +374,13 @@ class Client:
         self.close()
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed.is_set() else self._run.status
+        if "_run" not in vars(self):  # asked by who prints a traceback through the constructor
+            return "Client(not connected)"
+        state = "closed" if self._closed.is_set() else self._run.known
         return f"Client(leaf={self.leaf_id!r}, host={self._endpoint.url()!r}, run={state!r})"
 
     def __reduce__(self) -> NoReturn:
-        raise TypeError(
-            "A Client holds sockets, a thread and a secret, and does not pickle. Make one in each process that needs it,"
-            " or pass a function that makes it."
-        )
+        raise TypeError("A Client holds sockets, a thread and a secret and does not pickle: pass what makes it")
 
     def _on_event(self, event: Notification) -> None:
         # Runs in the listener's thread: no request, no wait.
@@ -381,16 +390,10 @@ class Client:
             self._run.told(event.run_status)
 
     def _on_failure(self, error: BranchKeyError | None) -> None:
-        if error is None:
-            self._refused = None
-        else:
+        if error is not None:
             logger.warning("notifications: %s", error)
-            self._refused = (self._refused[0] if self._refused else time.monotonic(), error)
+        self._refused = None if error is None else (self._refused[0] if self._refused else time.monotonic(), error)
 
     def _require_open(self) -> None:
         if self._closed.is_set():
-            raise _closed_error()
-
-
-def _closed_error() -> ClientClosedError:
-    return ClientClosedError(what="client", expected="an open client", found="a closed one", fix="Make a new Client")
+            raise closed_error()

@@ -7,9 +7,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NoReturn, Union
+from typing import Any, NoReturn, Union, cast
 
 from branchkey_integrations.errors import CredentialsError
+from branchkey_integrations.redaction import Secret
 
 ENVIRONMENT_PREFIX = "BRANCHKEY_"
 #: Names a file, besides the six variables ``BRANCHKEY_ID`` … ``BRANCHKEY_OWNER_ID``.
@@ -22,7 +23,7 @@ _ADVICE = "Create the leaf through the platform's /v2/entities endpoint and pass
 
 @dataclass(frozen=True)
 class Credentials:
-    """Hold one leaf's credentials; the session token never shows in a repr.
+    """Hold one leaf's credentials; the session token shows in no repr, also not in one of ``vars()`` or ``asdict()``.
 
     The field names are those of the platform's ``/v2/entities`` answer. ``id`` names the leaf, its AMQP user and its
     queue; ``tree_id`` is the AMQP virtual host; ``branch_id`` the group that is averaged. ``owner_id`` is never sent.
@@ -39,6 +40,9 @@ class Credentials:
     owner_id: str = ""
 
     def __post_init__(self) -> None:
+        # First, since an error below takes this object along in its traceback.
+        if isinstance(self.session_token, str):
+            object.__setattr__(self, "session_token", Secret(self.session_token))
         for field in fields(self):
             value = getattr(self, field.name)
             if not isinstance(value, str):
@@ -78,6 +82,7 @@ class Credentials:
                 ``BRANCHKEY_CREDENTIALS``, else ``BRANCHKEY_ID``, ``BRANCHKEY_NAME``, ``BRANCHKEY_SESSION_TOKEN``,
                 ``BRANCHKEY_TREE_ID``, ``BRANCHKEY_BRANCH_ID`` and optionally ``BRANCHKEY_OWNER_ID``.
         """
+        source = _without_plain_token(source)
         if isinstance(source, Credentials):
             return source
         if isinstance(source, Mapping):
@@ -96,6 +101,8 @@ class Credentials:
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> Credentials:
         """Make credentials from a mapping; unknown keys are ignored, as the platform may add some."""
+        # Under the same name: whoever prints a traceback with local variables must not see the plain token.
+        mapping = _without_plain_token(mapping)
         known = {field.name for field in fields(cls)}
         missing = sorted(known - {"owner_id"} - set(mapping))
         if missing:
@@ -122,14 +129,16 @@ class Credentials:
                 fix="Check path and permissions",
             ) from error
         try:
-            content = json.loads(text)
+            content, text = json.loads(text), ""
         except (ValueError, RecursionError):
+            text = ""
             # ``from None``: the decoder's error carries the whole text, and that text holds a secret.
             raise CredentialsError(
                 what=f"credentials file {name!r}", expected="JSON", found="text that is not JSON", fix=_ADVICE
             ) from None
         if isinstance(content, dict) and isinstance(content.get("data"), dict):
             content = content["data"]
+        content = _without_plain_token(content)
         if not isinstance(content, dict):
             raise CredentialsError(
                 what=f"credentials file {name!r}", expected="a JSON object", found=type(content).__name__, fix=_ADVICE
@@ -139,7 +148,7 @@ class Credentials:
     @classmethod
     def from_env(cls, environ: Mapping[str, str] | None = None) -> Credentials:
         """Read credentials from ``BRANCHKEY_*`` variables; see :meth:`load`."""
-        environ = os.environ if environ is None else environ
+        environ = _ours_of(os.environ if environ is None else environ)
         if environ.get(FILE_VARIABLE):
             return cls.from_file(environ[FILE_VARIABLE])
         variables = {field.name: ENVIRONMENT_PREFIX + field.name.upper() for field in fields(cls)}
@@ -156,7 +165,8 @@ class Credentials:
 
     def to_dict(self) -> dict[str, str]:
         """Give the six strings, the secret among them, as the documented mapping."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        # str(): the mapping is for whoever wants the plain token, to pickle it for another process, say.
+        return {field.name: str(getattr(self, field.name)) for field in fields(self)}
 
     def __repr__(self) -> str:
         shown = ", ".join(
@@ -176,3 +186,22 @@ class Credentials:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Credentials:
         return self
+
+
+def _without_plain_token(content: Any) -> Any:
+    """Copy a mapping of credentials or variables, so that its repr does not show the token; give anything else as it is."""
+    if not isinstance(content, Mapping):
+        return content
+    return {
+        key: Secret(value) if _names_token(key) and isinstance(value, str) else value for key, value in content.items()
+    }
+
+
+def _ours_of(environ: Mapping[str, str]) -> dict[str, str]:
+    """Pick our variables; the others, too, are nothing for a traceback."""
+    ours = {name: value for name, value in environ.items() if name.startswith(ENVIRONMENT_PREFIX)}
+    return cast("dict[str, str]", _without_plain_token(ours))
+
+
+def _names_token(key: object) -> bool:
+    return isinstance(key, str) and key.upper().endswith("SESSION_TOKEN")

@@ -44,11 +44,17 @@ def _rebuild(cls: type[BranchKeyError], state: dict[str, Any]) -> BranchKeyError
 
 
 def _flat(text: str) -> str:
-    return " ".join(text.split())
+    flat = " ".join(text.split())
+    if flat.isprintable():
+        return flat
+    # A server's words may hold what a terminal obeys, or what turns the direction in which a line is read.
+    return "".join(sign if sign.isprintable() else repr(sign)[1:-1] for sign in flat)
 
 
-def _one_line(text: str) -> str:
-    flat = _flat(text)
+def shown(text: str) -> str:
+    """Make one printable line of at most 300 characters of what somebody else wrote."""
+    # What is far behind the cut need not be looked at; what is cut away may only be white space.
+    flat = _flat(text[: 100 * _LONGEST_FOUND])
     return flat if len(flat) <= _LONGEST_FOUND else flat[: _LONGEST_FOUND - 1] + "…"
 
 
@@ -72,9 +78,9 @@ class BranchKeyError(Exception):
         text = _flat(self.what)
         details = []
         if self.expected:
-            details.append(f"expected {_one_line(self.expected)}")
+            details.append(f"expected {shown(self.expected)}")
         if self.found:
-            details.append(f"found {_one_line(self.found)}")
+            details.append(f"found {shown(self.found)}")
         if details:
             text += ": " + ", ".join(details)
         return f"{text}. {_flat(self.fix)}" if self.fix else text

@@ -8,7 +8,6 @@ import itertools
 import logging
 import os
 import re
-import secrets
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,18 +15,29 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from branchkey_integrations import deflate
+from branchkey_integrations import deflate, parts
+from branchkey_integrations.allowance import Allowance, allow
 from branchkey_integrations.api import Api
 from branchkey_integrations.archive import Archive, ArchiveInfo, write_archive
-from branchkey_integrations.errors import AggregateRejectedError, ArchiveError, BranchKeyError, DownloadError
+from branchkey_integrations.errors import (
+    AggregateRejectedError,
+    ArchiveError,
+    BranchKeyError,
+    DownloadError,
+    LayoutError,
+)
 from branchkey_integrations.link import AUTO, DEFLATE, MEASURABLE_BYTES, STORE, Choice, Link, Sample
-from branchkey_integrations.quarantine import Quarantine
+from branchkey_integrations.parameters import Layout
+from branchkey_integrations.quarantine import Quarantine, rejected
+from branchkey_integrations.transport import OversizedError
 from branchkey_integrations.values import pieces_of
 
 logger = logging.getLogger("branchkey_integrations.exchange")
 
 #: Archives up to this size are built in memory, larger ones in an unlinked temporary file.
 _IN_MEMORY_BYTES = 8 * 1024 * 1024
+#: Aggregates are small enough to stay in memory up to this size; nothing is known of them before they come.
+_SMALL_BYTES = 1024 * 1024
 #: Pieces of 128 KiB that are packed to see what packing costs and saves.
 _SAMPLE_PIECES = 8
 
@@ -70,14 +80,31 @@ def _sample(arrays: Sequence[Any]) -> Sample:
 
 
 @contextlib.contextmanager
-def opened(api: Api, identifier: str, quarantine: Quarantine | None = None) -> Iterator[Archive]:
+def opened(
+    api: Api,
+    identifier: str,
+    quarantine: Quarantine | None = None,
+    *,
+    layout: Layout | None = None,
+    max_bytes: int | None = None,
+) -> Iterator[Archive]:
     """Download an aggregate into an unlinked temporary file and open it.
 
     What is no archive is downloaded once more, since it may have been damaged on the way. An aggregate that stays unsound,
     or that is refused within the block, is kept in ``quarantine``.
+
+    Args:
+        layout: of the model that it is for: an aggregate that is too long for it, or has another number of layers, is
+            refused before it takes room or memory.
+        max_bytes: the user's own limit.
+
+    Raises:
+        AggregateRejectedError: too long, or another number of layers.
+        DownloadError, ArchiveError: it cannot be had, or is no sound archive.
     """
-    with _scratch(f"aggregate {identifier}") as file:
-        archive = _fetched(api, identifier, file, quarantine)
+    allowed = allow(tempfile.gettempdir(), layout, max_bytes)
+    with _scratch(f"aggregate {identifier}", _SMALL_BYTES) as file:
+        archive = _fetched(api, identifier, file, quarantine, allowed)
         try:
             with archive:
                 yield archive
@@ -95,13 +122,24 @@ def _keep(
         error.fix = f"{error.fix}. It was kept as {error.quarantined}"
 
 
-def _fetched(api: Api, identifier: str, file: BinaryIO, quarantine: Quarantine | None) -> Archive:
+def _fetched(api: Api, identifier: str, file: BinaryIO, quarantine: Quarantine | None, allowed: Allowance) -> Archive:
     for last_try in (False, True):
         file.seek(0)
         file.truncate()
-        api.download(identifier, file)
         try:
-            return Archive.open(file, private=True)
+            _download(api, identifier, file, allowed)
+            return Archive.open(file, private=True, layers=allowed.layers)
+        except AggregateRejectedError as error:
+            # What there is of it says nothing, and would take the room that it was refused for.
+            noted = "" if quarantine is None else quarantine.note(identifier, error)
+            if noted:
+                error.fix = f"{error.fix}. It was not downloaded; why is noted in {noted}"
+            raise
+        except LayoutError as error:
+            refused = rejected(identifier, error)
+            if quarantine is not None:
+                _keep(quarantine, file, identifier, refused)
+            raise refused from error
         except ArchiveError as error:
             named = _named(error, identifier)
             if last_try:
@@ -112,37 +150,44 @@ def _fetched(api: Api, identifier: str, file: BinaryIO, quarantine: Quarantine |
     raise AssertionError("unreachable")
 
 
-def store(api: Api, identifier: str, folder: str) -> str:
-    """Download an aggregate to ``<folder>/<identifier>.npz``; it appears there when it is complete and sound."""
+def _download(api: Api, identifier: str, file: BinaryIO, allowed: Allowance) -> None:
+    try:
+        api.download(identifier, file, allowed.limit_bytes)
+    except OversizedError as error:
+        raise allowed.refusal(identifier, error.found) from error
+
+
+def store(api: Api, identifier: str, folder: str, max_bytes: int | None = None) -> str:
+    """Download an aggregate to ``<folder>/<identifier>.npz``; it appears there when it is complete and sound.
+
+    Parts of downloads that were killed are deleted on the way.
+    """
     path = os.path.join(folder, f"{identifier}.npz")
-    temporary = os.path.join(folder, f".{identifier[:64]}-{secrets.token_hex(8)}.part")
     try:
         os.makedirs(folder, exist_ok=True)
-        # Not mkstemp, whose files only the owner may read: other tools of the user pick this one up.
-        with open(temporary, "x+b") as file:
-            api.download(identifier, file)
+        parts.sweep(folder)
+        with parts.replacing(path, durable=True) as file:
+            _download(api, identifier, file, allow(folder, None, max_bytes))
             with Archive.open(file) as archive:
                 archive.check()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.unlink(temporary)
-        if isinstance(error, ArchiveError):
-            raise _named(error, identifier) from error
-        if isinstance(error, OSError) and not isinstance(error, BranchKeyError):
-            raise DownloadError(
-                what=f"aggregate {identifier}",
-                expected=f"a file that can be written in {folder}",
-                found=error.strerror or type(error).__name__,
-                fix="Free some space, or pass another output_dir",
-            ) from error
-        raise
+    except ArchiveError as error:
+        raise _named(error, identifier) from error
+    except OSError as error:
+        if isinstance(error, BranchKeyError):
+            raise
+        raise DownloadError(
+            what=f"aggregate {identifier}",
+            expected=f"a file that can be written in {folder}",
+            found=error.strerror or type(error).__name__,
+            fix="Free some space, or pass another output_dir",
+        ) from error
     return path
 
 
-def _scratch(what: str) -> BinaryIO:
+def _scratch(what: str, in_memory_bytes: int = 0) -> BinaryIO:
     try:
+        if in_memory_bytes:
+            return cast(BinaryIO, tempfile.SpooledTemporaryFile(in_memory_bytes))
         return cast(BinaryIO, tempfile.TemporaryFile())
     except OSError as error:
         raise ArchiveError(

@@ -28,6 +28,7 @@ from branchkey_integrations.errors import (
     TLSError,
     TransportError,
     UnreachableError,
+    shown,
 )
 from branchkey_integrations.http_session import BadRedirectError
 from branchkey_integrations.redaction import host_of, without_queries
@@ -118,9 +119,7 @@ def from_request(
             TransportError(
                 what=action,
                 expected=f"an answer from {host}",
-                found="redirects without end"
-                if not isinstance(error, BadRedirectError)
-                else "a redirect to no address",
+                found=error.found if isinstance(error, BadRedirectError) else "redirects without end",
                 fix="Something between here and the platform may answer in its place (proxy, login page)",
             ),
             True,
@@ -193,7 +192,8 @@ def from_answer(action: str, answer: requests.Response, content: bytes, host: st
     elif not isinstance(message, str) or not message:
         message = f"{_described(answer, content)} that name no error"
     cls, fix = _BY_STATUS.get(status, (ApiError, "Check host= and the state of the platform"))
-    found = without_queries(f"{status}: {message}".replace(secret, "***"))
+    # Made short only now: half a token would not be recognised.
+    found = shown(without_queries(f"{status}: {message}".replace(secret, "***")))
     return cls(what=action, expected=f"success from {host}", found=found, fix=fix, status=status)
 
 

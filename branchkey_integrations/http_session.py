@@ -8,7 +8,8 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from http.cookiejar import DefaultCookiePolicy
 from typing import Any
 from urllib.parse import urljoin, urlsplit
 
@@ -17,8 +18,10 @@ from requests.adapters import HTTPAdapter
 from requests.auth import AuthBase
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from urllib3.exceptions import ProtocolError
 
 from branchkey_integrations.credentials import Credentials
+from branchkey_integrations.redaction import Secret, hidden_values
 
 #: Most bytes of an upload that the kernel holds and has not sent yet.
 _UNSENT_BYTES = 128 * 1024
@@ -30,14 +33,14 @@ _ASKED_VARIABLES = (*_PROXY_VARIABLES, *map(str.upper, _PROXY_VARIABLES), "REQUE
 _ASK_ALWAYS = sys.platform in ("darwin", "win32")
 #: Hosts whose settings are kept: the platform's, and those of its presigned links.
 _MOST_SETTINGS = 16
-_OUR_HEADERS = ("Authorization", "LEAF", "x-bk-file-size", "x-bk-file-digest", "Cookie")
+_OUR_HEADERS = ("Authorization", "LEAF", "x-bk-file-size", "x-bk-file-digest")
 
 
 class Bearer(AuthBase):
     """Set our own header. Being an auth object it keeps ``requests`` from taking one out of ``.netrc``."""
 
     def __init__(self, credentials: Credentials) -> None:
-        self._value = f"Bearer {credentials.id}:{credentials.session_token}"
+        self._value = Secret(f"Bearer {credentials.id}:{credentials.session_token}")
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
         """Put the header on."""
@@ -57,12 +60,21 @@ class NoAuth(AuthBase):
 class BadRedirectError(requests.RequestException):
     """Internal: an answer sends us to what is no address."""
 
+    found = "a redirect to no address"
+
+
+class DowngradeError(BadRedirectError):
+    """Internal: an answer that came over TLS sends us to where nobody has to show who he is."""
+
+    found = "a redirect from https to plain http"
+
 
 class Session(requests.Session):
-    """Carry none of our headers to another host, and follow no redirect that leads nowhere."""
+    """Carry none of our headers to another host, keep no cookies, and follow no redirect that leads nowhere."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.cookies.set_policy(DefaultCookiePolicy(allowed_domains=()))
         self._settings: dict[Any, Any] = {}
 
     def get_redirect_target(self, resp: requests.Response) -> str | None:
@@ -70,31 +82,41 @@ class Session(requests.Session):
 
         Raises:
             BadRedirectError: it is no http or https URL; the parent would let errors of decoding and parsing through.
+            DowngradeError: it leads from https to http.
         """
         try:
             target = super().get_redirect_target(resp)
-            if target is None or can_be_fetched(urljoin(resp.url, target)):
-                return target
+            there = None if target is None else urljoin(resp.url, target)
+            refused: type[BadRedirectError] | None = None
+            if there is not None and not can_be_fetched(there):
+                refused = BadRedirectError
+            elif there is not None and resp.url.startswith("https:") and not there.startswith("https:"):
+                refused = DowngradeError
         except ValueError:
             # Bytes that are no text, or a host in brackets that do not close.
-            target = None
+            refused = BadRedirectError
+        if refused is None:
+            return target
         resp.close()
-        raise BadRedirectError(response=resp)
+        raise refused(response=resp)
 
     def merge_environment_settings(self, url: Any, proxies: Any, stream: Any, verify: Any, cert: Any) -> Any:
         """Add what the environment says of proxies and trust; looked up anew only where one of its variables has changed."""
         # The lookup reads every variable of the process twice, which is a fifth of what a round of a small model costs.
         parts = urlsplit(url)
-        told = tuple(map(os.environ.get, _ASKED_VARIABLES))
+        told = tuple(hidden_values({name: os.environ.get(name) for name in _ASKED_VARIABLES}).values())
         key = (parts.scheme, parts.netloc, tuple(sorted((proxies or {}).items())), stream, verify, cert, told)
         found = self._settings.get(key)
         if found is None or _ASK_ALWAYS:
             found = super().merge_environment_settings(url, proxies, stream, verify, cert)
+            found["proxies"] = hidden_values(found["proxies"])
             self._settings = {**self._settings, key: found} if len(self._settings) < _MOST_SETTINGS else {key: found}
         return {**found, "proxies": dict(found["proxies"])}
 
     def rebuild_auth(self, prepared_request: requests.PreparedRequest, response: requests.Response) -> None:
         """Take our headers off a request that was redirected to another scheme, host or port."""
+        # The cookies of a chain of redirects are kept beside those of the session.
+        prepared_request.headers.pop("Cookie", None)
         # The parent would look into .netrc for the new host; a redirect must carry no credentials anywhere.
         before, after = (urlsplit(request.url or "") for request in (response.request, prepared_request))
         if (before.scheme, before.netloc) != (after.scheme, after.netloc):
@@ -207,6 +229,14 @@ def _socket_options() -> list[tuple[int, int, int]]:
         # This limits what is not on its way yet, so a fast link with a long way stays fast.
         options.append((socket.IPPROTO_TCP, lowat, _UNSENT_BYTES))
     return options
+
+
+def in_words_of_the_protocol(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Pass on the pieces of a body; what urllib3 lets through where the length of a chunk makes no sense is its own error."""
+    try:
+        yield from pieces
+    except (ValueError, OverflowError) as error:
+        raise ProtocolError(type(error).__name__) from None
 
 
 def as_it_comes(answer: requests.Response) -> Iterator[bytes]:

@@ -14,52 +14,30 @@ import json
 import logging
 import os
 import re
+import sys
 import threading
-import weakref
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from branchkey_integrations import journal_lock, parts
 from branchkey_integrations.errors import ConfigurationError, JournalError
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks
-    fcntl = None  # type: ignore[assignment]
+from branchkey_integrations.noted import EVENTS, VERSION, Noted, NotedRound, left_over
 
 logger = logging.getLogger("branchkey_integrations.journal")
 
-_VERSION = 1
-_EVENTS = ("begin", "sending", "posted", "sent", "not_sent", "announced", "closed")
-_ROUND_FIELDS = ("sent", "upload_id", "digest", "uploaded_bytes", "layout", "aggregation_id")
-_open_here: weakref.WeakValueDictionary[str, Journal] = weakref.WeakValueDictionary()
-_open_lock = threading.Lock()
-
-
-@dataclass(frozen=True)
-class NotedRound:
-    """What the journal knows of one round.
-
-    ``sent`` is ``"yes"``, ``"maybe"`` (every byte went out, no answer is known) or ``"no"``. ``aggregation_id`` is the
-    newest aggregate that was announced after it; ``closed`` is how the round was brought to its end, empty while it is open.
-    """
-
-    round: int
-    sent: str = "no"
-    upload_id: str | None = None
-    digest: str = ""
-    uploaded_bytes: int = 0
-    layout: str = ""
-    aggregation_id: str | None = None
-    closed: str = ""
+#: A file of more lines is written anew without what does not count any more; a round makes about five.
+MOST_LINES = 10_000
 
 
 class Journal:
     """Keep the journal of one leaf in one branch and one run.
 
     One process at a time may hold it; within a process the newest takes it over, since an interrupted notebook leaves the one
-    before behind. What was noted in another run of the branch, or by a leaf of another branch, does
-    not count.
+    before behind, and the former is told so at its next step. What was noted in another run of the branch, or by a leaf of
+    another branch, does not count.
+
+    The file holds the newest training's rounds: it starts anew with each beginning, and of a very long training it drops
+    what is over. It stays when a training ends, since a checkpoint may be resumed; when none will be, it may be deleted.
 
     Args:
         folder: where the file ``<leaf_id>.jsonl`` lies or is made.
@@ -74,67 +52,78 @@ class Journal:
 
     def __init__(self, folder: str, leaf_id: str, branch_id: str, run_number: int | None) -> None:
         self.path = os.path.join(folder, f"{file_name(leaf_id)}.jsonl")
+        self._lock_path = os.path.join(folder, f"{file_name(leaf_id)}.lock")
         self._lock = threading.Lock()
-        self._rounds: dict[int, NotedRound] = {}
-        self._heard: list[str] = []
-        self._newest: int | None = None
-        #: Whether what is known is of this leaf, branch and run.
-        self.is_current = False
-        #: An aggregate that was announced when no round was open.
-        self.unread: str | None = None
-        self._identity: dict[str, Any] = {"leaf_id": leaf_id, "branch_id": branch_id, "run_number": run_number}
+        self._noted = Noted({"leaf_id": leaf_id, "branch_id": branch_id, "run_number": run_number})
+        self._lines = 0
+        self._most_lines = MOST_LINES
         self._taken_over = False
-        self._file = self._open(folder)
-        try:
-            self._read()
-        except BaseException:
-            self.close()
-            raise
+        with journal_lock.alone():
+            self._file = self._open(folder)
+            try:
+                self._read()
+            except BaseException:
+                self.close()
+                raise
 
     # --- what is known -----------------------------------------------------------------------------------------------
 
+    @property
+    def is_current(self) -> bool:
+        """Whether what is known is of this leaf, branch and run."""
+        return self._noted.is_current
+
+    @property
+    def unread(self) -> str | None:
+        """An aggregate that was announced when no round was open."""
+        return self._noted.unread
+
     def get(self, number: int) -> NotedRound | None:
         """Give what is known of a round; None if it was not, or surely not wholly, sent."""
-        noted = self._rounds.get(number) if self.is_current else None
-        return None if noted is None or noted.sent == "no" else noted
+        return self._noted.get(number)
 
     @property
     def rounds(self) -> list[NotedRound]:
-        """All rounds that are known, by their number."""
-        return [self._rounds[number] for number in sorted(self._rounds)]
+        """The newest thousand rounds that are known, by their number."""
+        return [self._noted.rounds[number] for number in sorted(self._noted.rounds)]
 
     @property
     def heard(self) -> list[str]:
-        """Ids of the aggregates that were announced, oldest first."""
-        return list(self._heard)
+        """Ids of the newest aggregates that were announced, oldest first."""
+        return list(self._noted.heard)
 
     def unfinished(self, layout: str) -> NotedRound | None:
         """Give the newest round if it was, or may have been, sent with this layout and was not brought to an end."""
-        found = None if self._newest is None or not self.is_current else self._rounds[self._newest]
-        return None if found is None or found.sent == "no" or found.closed or found.layout != layout else found
+        return self._noted.unfinished(layout)
 
     # --- taking notes ------------------------------------------------------------------------------------------------
 
     def begin(self, left: NotedRound | None = None, number: int = 0) -> None:
-        """Start anew: what was noted so far does not belong to the rounds that follow.
+        """Start anew: what was noted so far does not belong to the rounds that follow, and leaves the file.
 
-        But for ``left``, which counts as round ``number``; in the same line, so that no kill comes between the two.
+        But for ``left``, which counts as round ``number``; in the same step, so that no kill comes between the two.
+
+        Raises:
+            JournalError: it cannot be noted; the file says what it said before.
         """
-        line = {"event": "begin", "version": _VERSION, **self._identity}
+        line: dict[str, Any] = {"event": "begin", "version": VERSION, **self._noted.identity}
         if left is not None:
-            line["left"] = {"round": number, **{name: getattr(left, name) for name in _ROUND_FIELDS}}
-        self._note(line)
+            line["left"] = left_over(left, number)
+        with self._lock:
+            if self._writes(line):
+                self._write_anew([line])
+                self._noted.take(line)
 
     def follow(self, run_number: int | None) -> None:
         """Start anew if the branch's run is another one by now; None: that is not known."""
-        former = self._identity
+        former = self._noted.identity
         if run_number is None or run_number == former["run_number"]:
             return
-        self._identity = {**former, "run_number": run_number}
+        self._noted.identity = {**former, "run_number": run_number}
         try:
             self.begin()
         except BaseException:
-            self._identity = former
+            self._noted.identity = former
             raise
 
     def sending(self, number: int, layout: str, digest: str, size_bytes: int) -> None:
@@ -171,6 +160,7 @@ class Journal:
         """Let go of the file. May be repeated."""
         with self._lock:
             self._file.close()
+        journal_lock.release(self._lock_path, self)
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
@@ -179,45 +169,45 @@ class Journal:
     def hand_over(self) -> None:
         """Let a newer journal of this process have the file; from now on a step that is to be noted raises."""
         with self._lock:
-            self._taken_over = not self._file.closed
+            self._taken_over = True
             self._file.close()
 
     # --- the file ----------------------------------------------------------------------------------------------------
 
     def _open(self, folder: str) -> io.FileIO:
-        name = os.path.realpath(self.path)
-        held = ConfigurationError(
-            what=f"journal {self.path}",
-            expected="one process at a time that trains as this leaf",
-            found="another one that holds it",
-            fix="End the other process, or give this one the credentials of another leaf or another journal folder",
-        )
-        with _open_lock:
-            former = _open_here.pop(name, None)
-            if former is not None:
-                former.hand_over()
+        try:
+            os.makedirs(folder, exist_ok=True)
+            if not journal_lock.take(self._lock_path, self):
+                logger.warning(
+                    "journal %s: its file system has no locks; see to it that one process trains as this leaf",
+                    self.path,
+                )
             try:
-                os.makedirs(folder, exist_ok=True)
                 # Neither truncated nor made anew: it may hold the rounds of a process that was killed.
-                file = io.FileIO(os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644), "r+")
-            except OSError as error:
-                raise _unusable(self.path, "be opened", error) from error
-            if fcntl is not None:
-                try:
-                    # Of the process, not of the file handle: a data loader's forked worker does not hold it.
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except OSError as error:
-                    file.close()
-                    raise held from error
-            _open_here[name] = self
-        return file
+                file = _opened(self.path)
+                _keep_entry(folder)
+                parts.sweep(folder)
+                return file
+            except BaseException:
+                journal_lock.release(self._lock_path, self)
+                raise
+        except journal_lock.HeldElsewhereError as error:
+            raise ConfigurationError(
+                what=f"journal {self.path}",
+                expected="one process at a time that trains as this leaf",
+                found="another one that holds it",
+                fix="End the other process, or give this one the credentials of another leaf or another journal folder",
+            ) from error
+        except OSError as error:
+            raise _unusable(self.path, "be opened", error) from error
 
     def _read(self) -> None:
         try:
             data = self._file.readall() or b""
             whole = data[: data.rfind(b"\n") + 1]
             for number, raw in enumerate(whole.splitlines(), start=1):
-                self._take(self._parsed(number, raw))
+                self._take_in(number, raw)
+                self._lines = number
             if len(whole) != len(data):
                 logger.warning("journal %s: a line that a crash cut short is dropped", self.path)
                 self._file.truncate(len(whole))
@@ -225,17 +215,20 @@ class Journal:
         except OSError as error:
             raise _unusable(self.path, "be read", error) from error
 
-    def _parsed(self, number: int, raw: bytes) -> Mapping[str, Any]:
+    def _take_in(self, number: int, raw: bytes) -> None:
+        found = "no JSON"
         try:
             line = json.loads(raw)
-            if isinstance(line, dict) and line.get("event") in _EVENTS:
-                return line
             found = "something else"
-        except ValueError:
-            found = "no JSON"
+            if isinstance(line, dict) and line.get("event") in EVENTS:
+                self._noted.take(line)
+                return
+        except (ValueError, TypeError, RecursionError):
+            # What a line says may also be of the wrong kind, after somebody changed it.
+            pass
         raise JournalError(
             what=f"journal {self.path}, line {number}",
-            expected=f"a JSON object with one of the events {', '.join(_EVENTS)}",
+            expected=f"a JSON object with one of the events {', '.join(EVENTS)}",
             found=found,
             fix="Move the file away to start without it; rounds that it knew may then be sent again",
         )
@@ -248,25 +241,10 @@ class Journal:
             logger.warning("%s", error)
 
     def _note(self, line: Mapping[str, Any]) -> None:
-        data = json.dumps(line, separators=(",", ":")).encode() + b"\n"
         with self._lock:
-            if self._taken_over:
-                raise ConfigurationError(
-                    what=f"journal {self.path}",
-                    expected="one training at a time as this leaf",
-                    found="a newer one in this process, which took it over",
-                    fix="Go on with the newer one, or give it the credentials of another leaf",
-                )
-            if self._file.closed:
-                if line["event"] in ("sending", "posted"):
-                    # Sent from here, nobody would know of it after a restart.
-                    raise JournalError(
-                        what=f"journal {self.path}",
-                        expected="an open one while an update is being sent",
-                        found="one that was closed meanwhile",
-                        fix="Send the update with the next training",
-                    )
+            if not self._writes(line):
                 return
+            data = _encoded([line])
             start = self._file.tell()
             try:
                 if self._file.write(data) != len(data):
@@ -278,56 +256,80 @@ class Journal:
                     self._file.truncate(start)
                     self._file.seek(start)
                 raise _unusable(self.path, "be written", error) from error
-            self._take(line)
+            self._noted.take(line)
+            self._lines += 1
+            if self._lines > self._most_lines:
+                self._compact()
 
-    def _take(self, line: Mapping[str, Any]) -> None:
-        event = line["event"]
-        if event == "begin":
-            self.is_current = {key: line.get(key) for key in self._identity} == self._identity
-            self._rounds, self._heard, self._newest, self.unread = {}, [], None, None
-            left = line.get("left")
-            if isinstance(left, dict) and isinstance(left.get("round"), int):
-                self._take_round("left", left["round"], left)
-        elif event == "announced":
-            self._take_announced(str(line.get("aggregation_id")))
-        else:
-            number = line.get("round")
-            if isinstance(number, int):
-                self._take_round(event, number, line)
-
-    def _take_announced(self, aggregation_id: str) -> None:
-        self._heard.append(aggregation_id)
-        noted = None if self._newest is None else self._rounds[self._newest]
-        if noted is None or noted.closed:
-            self.unread = aggregation_id
-        else:
-            self._rounds[noted.round] = replace(noted, aggregation_id=aggregation_id)
-
-    def _take_round(self, event: str, number: int, line: Mapping[str, Any]) -> None:
-        noted = self._rounds.get(number) or NotedRound(number)
-        known = {key: line[key] for key in _ROUND_FIELDS if key in line}
-        if event == "sending":
-            noted, self._newest, self.unread = NotedRound(number, sent="no", **known), number, None
-        elif event == "left":
-            noted, self._newest = NotedRound(number, **known), number
-            if noted.aggregation_id is not None:
-                self._heard.append(noted.aggregation_id)
-        elif event in ("posted", "sent", "not_sent"):
-            sent = {"posted": "maybe", "sent": "yes", "not_sent": "no"}[event]
-            noted = replace(noted, sent=sent, upload_id=line.get("upload_id"))
-        else:
-            noted = replace(
-                noted, closed=str(line.get("status")), aggregation_id=line.get("aggregation_id") or noted.aggregation_id
+    def _writes(self, line: Mapping[str, Any]) -> bool:
+        """Tell whether lines are still written; what must be known after a restart is not left out in silence."""
+        if self._taken_over:
+            raise ConfigurationError(
+                what=f"journal {self.path}",
+                expected="one training at a time as this leaf",
+                found="a newer one in this process, which took it over",
+                fix="Go on with the newer one, or give it the credentials of another leaf",
             )
-            if self.unread == noted.aggregation_id:
-                self.unread = None
-        self._rounds[number] = noted
+        if self._file.closed and line["event"] in ("sending", "posted"):
+            raise JournalError(
+                what=f"journal {self.path}",
+                expected="an open one while an update is being sent",
+                found="one that was closed meanwhile",
+                fix="Send the update with the next training",
+            )
+        return not self._file.closed
+
+    def _compact(self) -> None:
+        try:
+            self._write_anew(self._noted.lines())
+        except JournalError as error:
+            # It goes on growing, which harms less than to stop noting.
+            logger.warning("%s", error)
+        self._most_lines = self._lines + MOST_LINES
+
+    def _write_anew(self, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Put ``lines`` in the place of all that the file holds, at one stroke."""
+        found = list(lines)
+        try:
+            try:
+                with parts.replacing(self.path, durable=True) as file:
+                    file.write(_encoded(found))
+                    # Windows replaces no file that is open.
+                    self._file.close()
+            finally:
+                if self._file.closed:
+                    self._file = _opened(self.path)
+                    self._file.seek(0, os.SEEK_END)
+            _keep_entry(os.path.dirname(self.path))
+            self._lines = len(found)
+        except OSError as error:
+            raise _unusable(self.path, "be written", error) from error
 
 
 def file_name(leaf_id: str) -> str:
     """Give a name that is one file in the folder, whatever the id holds."""
     safe = re.sub(r"[^A-Za-z0-9_-]", "_", leaf_id)[:64]
     return safe if safe == leaf_id else f"{safe}-{hashlib.sha256(leaf_id.encode()).hexdigest()[:12]}"
+
+
+def _opened(path: str) -> io.FileIO:
+    return io.FileIO(os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o644), "r+")
+
+
+def _encoded(lines: Iterable[Mapping[str, Any]]) -> bytes:
+    return b"".join(json.dumps(line, separators=(",", ":")).encode() + b"\n" for line in lines)
+
+
+def _keep_entry(folder: str) -> None:
+    """Put a file's name on the disk too, where folders can be synced: a file without a name does not outlive a power cut."""
+    if sys.platform == "win32":
+        return
+    with contextlib.suppress(OSError):
+        handle = os.open(folder or os.curdir, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _unusable(path: str, what: str, error: OSError) -> JournalError:

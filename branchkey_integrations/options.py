@@ -35,7 +35,9 @@ class RoundOptions:
         report_metrics: send each round's metrics to the platform.
         progress: show rounds in the progress bar and logger; None decides by where the script runs.
         journal: a folder in which each step of each round is noted, so that a process that was killed goes on without
-            sending a round twice or missing its aggregate. None: as the adapter says; False: nowhere.
+            sending a round twice or missing its aggregate: ``<leaf id>.jsonl``, at most a few megabytes. It stays when the
+            training ends, since a checkpoint of it may be resumed; delete it when none will be. None: as the adapter says;
+            False: nowhere.
         spool_bytes: with ``on_error="keep_local"`` and a journal, an update up to this size that cannot be sent waits
             beside the journal and is sent when the link is back, unless a newer one comes first; 0: none waits.
     """

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from branchkey_integrations.archive import Archive
+from branchkey_integrations.parameters import Layout
+
+LONGEST_HISTORY = 10_000
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,10 @@ class LeafClient(Protocol):
         """Wait for an aggregate; return its id."""
         ...
 
-    def open_aggregation(self, aggregation_id: str, *, quarantine: bool = False) -> AbstractContextManager[Archive]:
-        """Download an aggregate and open it; keep it aside if it turns out to be bad."""
+    def open_aggregation(
+        self, aggregation_id: str, *, quarantine: bool = False, layout: Layout | None = None
+    ) -> AbstractContextManager[Archive]:
+        """Download an aggregate for a model of this layout and open it; keep it aside if it turns out to be bad."""
         ...
 
     def send_performance_metrics(self, aggregation_id: str, data: Mapping[str, Any], mode: str) -> None:
@@ -106,6 +111,33 @@ class RoundOutcome:
     compression: str = ""
 
 
+class History(list[RoundOutcome]):
+    """Outcomes, oldest first: of most rounds two, ``pending`` for the first half and what the second half came to.
+
+    Holds the newest 10,000 at most, however long a training goes on: beyond that the older half is dropped.
+    """
+
+    #: How many were ever added.
+    total = 0
+
+    def append(self, outcome: RoundOutcome) -> None:
+        """Add an outcome."""
+        super().append(outcome)
+        self.total += 1
+        if len(self) > LONGEST_HISTORY:
+            del self[: LONGEST_HISTORY // 2]
+
+    def extend(self, outcomes: Iterable[RoundOutcome]) -> None:
+        """Add outcomes."""
+        for outcome in outcomes:
+            self.append(outcome)
+
+    def since(self, total: int) -> list[RoundOutcome]:
+        """Give what was added since ``total`` had the given value."""
+        added = self.total - total
+        return self[-added:] if added else []
+
+
 @dataclass(frozen=True)
 class PendingRound:
     """An update that was sent and not answered yet."""
@@ -124,12 +156,16 @@ class PendingRound:
     waits: bool = False
     #: Its aggregate was refused by a process before this one.
     refused: bool = False
+    #: So many rounds were made after it that the journal does not say what became of it.
+    forgotten: bool = False
 
     @property
     def reason(self) -> str:
         """Say why a round that was taken up from a process before this one is not sent."""
         if self.refused:
             return f"aggregate {self.aggregation_id} was refused before the restart; local weights are kept"
+        if self.forgotten:
+            return "made before the restart, and so many after it that its aggregate is not known; not sent again"
         if self.certain:
             return "sent before the restart; not sent again"
         return "may have been received before the restart; not sent again, so that it cannot be counted twice"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import TypeVar, cast
 
 #: Below this a second thread costs more than it saves (measured: a third of the time more for 60,000 parameters).
@@ -38,25 +38,32 @@ def over_layers(sizes: Sequence[int], work: Callable[[int], _T], *, alone: bool 
     count = min(cores(), MOST_THREADS, len(sizes))
     if alone or count < 2 or sum(sizes) < WORTH_BYTES:
         return [work(index) for index in range(len(sizes))]
-    order = sorted(range(len(sizes)), key=lambda index: -sizes[index])
+    # One task a thread and not one a layer: of small layers there may be tens of thousands.
+    order = iter(sorted(range(len(sizes)), key=lambda index: -sizes[index]))
+    results: list[_T | None] = [None] * len(sizes)
+    failed: dict[int, BaseException] = {}
+    turn = threading.Lock()
     stopped = threading.Event()
 
-    def guarded(index: int) -> _T | None:
-        if stopped.is_set():
-            return None
-        try:
-            return work(index)
-        except BaseException:
-            stopped.set()
-            raise
+    def take_turns() -> None:
+        while not stopped.is_set():
+            with turn:
+                index = next(order, None)
+            if index is None:
+                return
+            try:
+                results[index] = work(index)
+            except BaseException as error:  # noqa: BLE001  raised in the caller's thread
+                failed[index] = error
+                stopped.set()
 
     with ThreadPoolExecutor(count, "branchkey-layers") as pool:
-        futures = {index: pool.submit(guarded, index) for index in order}
         try:
-            wait(futures.values(), return_when=FIRST_EXCEPTION)
+            wait([pool.submit(take_turns) for _ in range(count)])
         finally:
             # Also when an interrupt ends the waiting: what runs goes on to the end of its layer, the rest is not begun.
-            if not all(future.done() for future in futures.values()):
-                stopped.set()
+            stopped.set()
             pool.shutdown(wait=True, cancel_futures=True)
-    return [cast(_T, future.result()) for _, future in sorted(futures.items()) if not future.cancelled()]
+    if failed:
+        raise failed[min(failed)]
+    return cast("list[_T]", results)

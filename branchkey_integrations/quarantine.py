@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import hashlib
 import json
 import logging
@@ -12,7 +13,9 @@ import shutil
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from branchkey_integrations.errors import BranchKeyError
+from branchkey_integrations import parts
+from branchkey_integrations.allowance import room_in
+from branchkey_integrations.errors import AggregateRejectedError, BranchKeyError
 from branchkey_integrations.events import check_aggregation_id
 
 logger = logging.getLogger("branchkey_integrations.quarantine")
@@ -35,28 +38,55 @@ class Quarantine:
 
         A refusal must not become another error, so a full disk is only logged.
         """
-        path = os.path.join(self.folder, f"{check_aggregation_id(aggregation_id)}.npz")
-        reason = f"{path[:-4]}.json"
-        temporary = f"{path}.part"
+        path = self._path(aggregation_id)
         try:
-            os.makedirs(self.folder, mode=0o700, exist_ok=True)
+            self._prepare()
+            size = file.seek(0, os.SEEK_END) or file.tell()
+            room = room_in(self.folder)
+            if room is not None and size > room:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             file.seek(0)
-            with open(temporary, "wb") as copy:
+            with parts.replacing(path) as copy:
                 shutil.copyfileobj(file, copy, 1024 * 1024)
-            file.seek(0)
-            with open(reason, "w", encoding="utf-8") as text:
-                json.dump(self._reason(file, aggregation_id, error), text, indent=1)
-            os.replace(temporary, path)
+            self._write_reason(aggregation_id, error, file)
         except OSError as trouble:
             logger.warning("the refused aggregate %s could not be kept: %s", aggregation_id, trouble.strerror)
-            self._remove(temporary, reason)
+            self._remove(path)
             return ""
         self._forget_old_ones()
         return path
 
-    def _reason(self, file: BinaryIO, aggregation_id: str, error: BranchKeyError) -> dict[str, Any]:
+    def note(self, aggregation_id: str, error: BranchKeyError) -> str:
+        """Keep the reason alone, of an aggregate that is not here; return its path, or an empty text if that failed."""
+        try:
+            self._prepare()
+            path = self._write_reason(aggregation_id, error, None)
+        except OSError as trouble:
+            logger.warning("why %s was refused could not be noted: %s", aggregation_id, trouble.strerror)
+            return ""
+        self._forget_old_ones()
+        return path
+
+    def _path(self, aggregation_id: str) -> str:
+        return os.path.join(self.folder, f"{check_aggregation_id(aggregation_id)}.npz")
+
+    def _prepare(self) -> None:
+        os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        # Versions up to 0.1 named their parts otherwise.
+        parts.sweep(self.folder, ".npz.part")
+
+    def _write_reason(self, aggregation_id: str, error: BranchKeyError, file: BinaryIO | None) -> str:
+        path = f"{self._path(aggregation_id)[:-4]}.json"
+        text = json.dumps(self._reason(file, aggregation_id, error), indent=1)
+        with parts.replacing(path) as target:
+            target.write(text.encode("utf-8"))
+        return path
+
+    def _reason(self, file: BinaryIO | None, aggregation_id: str, error: BranchKeyError) -> dict[str, Any]:
         digest, size = hashlib.sha256(), 0
-        while True:
+        if file is not None:
+            file.seek(0)
+        while file is not None:
             piece = file.read(1024 * 1024)
             if not piece:
                 break
@@ -68,16 +98,19 @@ class Quarantine:
             "what": error.what,
             "expected": error.expected,
             "found": error.found,
-            "size_bytes": size,
-            "sha256": digest.hexdigest(),
+            "size_bytes": None if file is None else size,
+            "sha256": None if file is None else digest.hexdigest(),
         }
 
     def _forget_old_ones(self) -> None:
         with contextlib.suppress(OSError):
-            names = [entry for entry in os.scandir(self.folder) if entry.name.endswith(".npz")]
-            names.sort(key=lambda entry: entry.stat().st_mtime_ns)
-            for entry in names[: max(0, len(names) - self.most)]:
-                self._remove(entry.path, f"{entry.path[:-4]}.json")
+            newest: dict[str, int] = {}
+            for entry in os.scandir(self.folder):
+                stem, ending = os.path.splitext(entry.path)
+                if ending in (".npz", ".json"):
+                    newest[stem] = max(newest.get(stem, 0), entry.stat().st_mtime_ns)
+            for stem in sorted(newest, key=newest.__getitem__)[: max(0, len(newest) - self.most)]:
+                self._remove(f"{stem}.npz", f"{stem}.json")
 
     @staticmethod
     def _remove(*paths: str) -> None:
@@ -91,3 +124,17 @@ def quarantine_of(chosen: str | os.PathLike[str] | bool | None, output_dir: str)
     if chosen is False:
         return None
     return Quarantine(os.path.join(output_dir, "refused") if chosen in (None, True) else os.fspath(chosen))  # type: ignore[arg-type]
+
+
+def rejected(aggregation_id: str, error: BranchKeyError) -> AggregateRejectedError:
+    """Make a refusal of what was found wrong with an aggregate."""
+    detail = "" if error.what == "aggregate" else f", {error.what}"
+    what = error.what if aggregation_id in error.what else f"aggregate {aggregation_id}{detail}"
+    return AggregateRejectedError(
+        what=what,
+        expected=error.expected,
+        found=error.found,
+        fix=error.fix,
+        aggregation_id=aggregation_id,
+        quarantined=getattr(error, "quarantined", ""),
+    )

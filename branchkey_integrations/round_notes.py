@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 from branchkey_integrations.errors import BranchKeyError
-from branchkey_integrations.journal import Journal, NotedRound
+from branchkey_integrations.journal import Journal
+from branchkey_integrations.noted import FORGOTTEN, NotedRound
 from branchkey_integrations.outcome import LeafClient, Note, PendingRound
 
 logger = logging.getLogger("branchkey_integrations.rounds")
@@ -28,8 +29,8 @@ class RoundNotes:
         self._begun = False
         self._observer: Callable[[str], None] | None = None
 
-    def resume(self, pending: PendingRound | None) -> PendingRound | None:
-        """Go on after a checkpoint was loaded; give its pending round with what the journal knows of it.
+    def resume(self, pending: PendingRound | None, layout: str | None) -> PendingRound | None:
+        """Go on after a checkpoint was loaded; give its pending round, of this layout, with what the journal knows of it.
 
         Raises:
             JournalError, ConfigurationError: as :class:`~branchkey_integrations.journal.Journal`.
@@ -39,12 +40,15 @@ class RoundNotes:
             return pending
         if not journal.is_current:
             sent = pending is not None and not pending.waits
-            self._begin(journal, *((_noted(pending), pending.round) if pending is not None and sent else ()))
+            self._begin(journal, *((_noted(pending, layout), pending.round) if pending is not None and sent else ()))
         self._begun = True
         self._listen(journal)
         noted = None if pending is None else journal.get(pending.round)
         if pending is None or noted is None:
             return pending
+        if noted.closed == FORGOTTEN:
+            logger.warning("round %d: %s", noted.round, taken_up(noted, pending.round).reason)
+            return None
         if noted.closed == "rejected":
             # It was refused once and would be refused again; going on with local weights is what the refusal says.
             logger.warning(
@@ -86,6 +90,15 @@ class RoundNotes:
             # Opened anew next time: what it says now is of another training.
             self.close()
             raise
+
+    def follow(self, run_number: int | None) -> None:
+        """Start anew if the branch's run is another one by now.
+
+        Raises:
+            JournalError, ConfigurationError: that cannot be noted.
+        """
+        if self._journal is not None:
+            self._journal.follow(run_number)
 
     def of_upload(self, number: int, layout: str) -> Note | None:
         """Give what a client calls so that an upload is noted."""
@@ -162,15 +175,17 @@ def taken_up(noted: NotedRound, number: int) -> PendingRound:
         repeated=noted.aggregation_id is not None,
         certain=noted.sent == "yes",
         refused=noted.closed == "rejected",
+        forgotten=noted.closed == FORGOTTEN,
     )
 
 
-def _noted(pending: PendingRound) -> NotedRound:
+def _noted(pending: PendingRound, layout: str | None) -> NotedRound:
     return NotedRound(
         pending.round,
         sent="yes" if pending.upload_id else "maybe",
         upload_id=pending.upload_id,
         digest=pending.digest,
         uploaded_bytes=pending.uploaded_bytes,
+        layout=layout or "",
         aggregation_id=pending.aggregation_id,
     )

@@ -25,20 +25,23 @@ from branchkey_integrations.errors import (
     UploadUncertainError,
 )
 from branchkey_integrations.gate import squared_norm
-from branchkey_integrations.loading import fetch, rejected
+from branchkey_integrations.loading import fetch, name_layer
 from branchkey_integrations.options import RoundOptions, finite_metrics
-from branchkey_integrations.outcome import LeafClient, PendingRound, RoundOutcome
+from branchkey_integrations.outcome import History, LeafClient, PendingRound, RoundOutcome
 from branchkey_integrations.parameters import Layout, ParameterStore, view_of
+from branchkey_integrations.quarantine import rejected
 from branchkey_integrations.round_notes import RoundNotes
-from branchkey_integrations.run_state import STOPPED
+from branchkey_integrations.round_state import RoundState
+from branchkey_integrations.run_state import IN_A_RUN, STOPPED
 from branchkey_integrations.spool import Spool
 from branchkey_integrations.uploading import Update, Uploader
 
 logger = logging.getLogger("branchkey_integrations.rounds")
 
-_STATE_VERSION = 1
+_TOO_LONG = (
+    "Other leaves may be missing; raise timeout_s, or pass wait=False or on_error='keep_local' to train on without"
+)
 _WAITS = "it waits on the disk until the platform can be reached; local weights are kept"
-_FRESH = "Resume with the checkpoint of this leaf, or start without its federation state"
 
 
 class RoundEngine:
@@ -56,8 +59,11 @@ class RoundEngine:
     def __init__(self, client: LeafClient, options: RoundOptions | None = None) -> None:
         self.client = client
         self.options = options or RoundOptions()
+        #: Number of the last round that was begun here. A leaf counts its own rounds, skipped ones too: after an outage the
+        #: same aggregate may belong to round 7 of one leaf and round 9 of another. Nothing but names and logs depends on it.
         self.round = 0
-        self.history: list[RoundOutcome] = []
+        #: Two entries for most rounds: ``pending`` when it was sent, and how it ended.
+        self.history = History()
         self.last_applied: str | None = None
         self._pending: PendingRound | None = None
         self._layout: Layout | None = None
@@ -130,8 +136,9 @@ class RoundEngine:
             before = self._notes.already_sent(self.round, layout.fingerprint)
             if before is not None:
                 self._uploader.supersede()
-                self._pending = None if before.refused else before
-                return self._note(self._outcome("rejected" if before.refused else "pending", reason=before.reason))
+                self._pending = None if before.refused or before.forgotten else before
+                status = "rejected" if before.refused else "skipped" if before.forgotten else "pending"
+                return self._note(self._outcome(status, reason=before.reason))
             if self.client.run_status == STOPPED and not getattr(self.client, "wait_for_run", False):
                 return self._note(RoundOutcome("stopped", self.round, reason="the run is stopped"))
             # Not sooner: what waits on the disk may be another process's, and goes when a newer one is there to be sent.
@@ -151,6 +158,7 @@ class RoundEngine:
                 numbers if self.options.report_metrics else {},
                 self.last_applied,
                 f"{self._lineage}-{self.round}",
+                None if self.client.run_status not in IN_A_RUN else getattr(self.client, "run_number", None),
             )
             self._pending = replace(update.pending, aggregation_id=unloaded)
             if self.options.wait:
@@ -164,10 +172,7 @@ class RoundEngine:
         except UploadUncertainError as error:
             if self.options.on_error == "raise":
                 return self._give_up("skipped", error)
-            # It may have been received, so an aggregate may come; sending again could count this site twice.
-            logger.warning("round %d: %s", self.round, error)
-            if self._pending is not None:
-                self._pending = replace(self._pending, digest=error.digest)
+            self._await_answer_to(error)
             return self._note(RoundOutcome("pending", self.round, reason=str(error)))
         except BranchKeyError as error:
             waits, self._pending = self._pending, None
@@ -242,6 +247,8 @@ class RoundEngine:
             if not waiting:
                 status = "skipped" if self._pending is None else "pending"
                 return self._note(self._outcome(status, waited_s=waited, reason="no new aggregate has come yet"))
+            error.what = f"{error.what} of round {self._pending.round if self._pending else self.round}"
+            error.fix = _TOO_LONG
             return self._give_up("timeout", error, waited_s=waited)
         except BranchKeyError as error:
             return self._give_up("skipped", error, waited_s=time.monotonic() - started)
@@ -262,10 +269,22 @@ class RoundEngine:
 
     def _take_sent(self) -> None:
         """Take in what was sent beside training."""
-        sent = self._uploader.take()
+        try:
+            sent = self._uploader.take()
+        except UploadUncertainError as error:
+            if self.options.on_error == "raise":
+                raise
+            self._await_answer_to(error)
+            return
         if sent is not None:
             known = None if self._pending is None else self._pending.aggregation_id
             self._pending = replace(sent, aggregation_id=known)
+
+    def _await_answer_to(self, error: UploadUncertainError) -> None:
+        """Keep a round open that may have been received: an aggregate may come, and sending again could count it twice."""
+        if self._pending is not None:
+            logger.warning("round %d: %s", self._pending.round, error)
+            self._pending = replace(self._pending, digest=error.digest, waits=False)
 
     def _await_id(self, waiting: bool) -> str:
         pending = self._pending
@@ -314,6 +333,7 @@ class RoundEngine:
         """Follow ``on_error``: raise, or turn the error into an outcome and go on with local weights."""
         if isinstance(error, RunBlockedError):
             return self._finish("stopped" if error.run_status == STOPPED else "skipped", reason=str(error))
+        name_layer(error, self._layout)
         mixed = isinstance(error, MixedModelError)
         outcome = self._outcome(status, reason=f"{error}{'' if mixed else ' (local weights are kept)'}", **values)
         if not keep_pending:
@@ -327,28 +347,10 @@ class RoundEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """Give what a checkpoint must hold, as plain types without secrets."""
-        pending = self._pending
-        return {
-            "version": _STATE_VERSION,
-            "leaf_id": self.client.leaf_id,
-            "branch_id": self.client.branch_id,
-            "round": self.round,
-            "last_applied": self.last_applied,
-            "layout": self._fingerprint,
-            "layers": None if self._layout is None else self._layout.to_plain(),
-            "norm": self._norm,
-            "lineage": self._lineage,
-            "pending": None
-            if pending is None
-            else {
-                "round": pending.round,
-                "upload_id": pending.upload_id,
-                "digest": pending.digest,
-                "uploaded_bytes": pending.uploaded_bytes,
-                "aggregation_id": pending.aggregation_id,
-                "waits": pending.waits,
-            },
-        }
+        state = RoundState(
+            self.round, self.last_applied, self._fingerprint, self._layout, self._norm, self._lineage, self._pending
+        )
+        return state.to_plain(self.client.leaf_id, self.client.branch_id)
 
     def load_state_dict(self, state: Mapping[str, Any], *, mirror: bool = False) -> None:
         """Go on where a checkpoint left off.
@@ -358,36 +360,15 @@ class RoundEngine:
         Raises:
             ConfigurationError: the state is of another leaf or branch (both are named), or is no state.
         """
-        if not isinstance(state, Mapping):
-            raise ConfigurationError(
-                what="state", expected="what state_dict() gave", found=type(state).__name__, fix=_FRESH
-            )
-        for key, mine in (("leaf_id", self.client.leaf_id), ("branch_id", self.client.branch_id)):
-            if state.get(key) != mine:
-                raise ConfigurationError(
-                    what=f"checkpoint's {key}",
-                    expected=mine,
-                    found=str(state.get(key)),
-                    fix=_FRESH,
-                )
-        try:
-            pending = state["pending"]
-            # Marks do not outlive a process: whatever the new client heard since it connected counts as newer.
-            resumed = None if pending is None else PendingRound(mark=-1, **pending)
-            self.round, self.last_applied = int(state["round"]), state["last_applied"]
-            self._fingerprint, self._norm = state["layout"], state["norm"]
-            self._lineage = str(state.get("lineage") or self._lineage)
-            layers = state.get("layers")
-            self._layout = None if layers is None else Layout.from_plain(layers)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ConfigurationError(
-                what="state", expected="what state_dict() gave", found=f"a broken one ({error})", fix=_FRESH
-            ) from error
+        found = RoundState.of(state, self.client.leaf_id, self.client.branch_id)
+        self.round, self.last_applied, self._norm = found.round, found.last_applied, found.norm
+        self._fingerprint, self._layout = found.fingerprint, found.layers
+        self._lineage = found.lineage or self._lineage
         if mirror:
-            self._pending = resumed
+            self._pending = found.pending
             return
-        pending = self._notes.resume(resumed)
-        if pending is not None and pending is resumed and pending.upload_id is None:
+        pending = self._notes.resume(found.pending, found.fingerprint)
+        if pending is not None and pending is found.pending and pending.upload_id is None:
             # Nobody noted that it was sent. Beside training it may have begun to wait without a word here.
             taken_up = self._uploader.resume(pending.round, self._fingerprint)
             pending = None if pending.waits and not taken_up else pending

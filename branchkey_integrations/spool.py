@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from branchkey_integrations import parts
 from branchkey_integrations.archive import write_archive
 from branchkey_integrations.errors import BranchKeyError
 from branchkey_integrations.journal import file_name
@@ -64,11 +65,8 @@ class Spool:
             os.makedirs(self._folder, mode=0o700, exist_ok=True)
             info = write_archive(self.path, arrays, weighting)
             spooled = Spooled(size_bytes=info.size_bytes, digest=info.digest, **about)
-            with open(f"{self._about}.part", "w", encoding="utf-8") as file:
-                json.dump(asdict(spooled), file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(f"{self._about}.part", self._about)
+            with parts.replacing(self._about, durable=True) as file:
+                file.write(json.dumps(asdict(spooled)).encode())
             return spooled
         except (OSError, BranchKeyError) as error:
             logger.warning("an update could not be kept until the link is back: %s", error)
@@ -81,7 +79,7 @@ class Spool:
             with open(self._about, encoding="utf-8") as file:
                 spooled = Spooled(**json.load(file))
             return spooled if os.path.getsize(self.path) == spooled.size_bytes else None
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return None
 
     def replaced(self, update_id: str) -> bool:
@@ -93,9 +91,9 @@ class Spool:
         """Forget the update; with an id, unless another one has taken its place."""
         if update_id is not None and self.replaced(update_id):
             return
-        # A process that was killed while it wrote leaves a hidden part of an archive, of any size.
-        parts = glob.glob(os.path.join(glob.escape(self._folder), ".update.npz.*.part"))
-        for path in (self._about, f"{self._about}.part", self.path, *parts):
+        # A process that was killed while it wrote leaves hidden parts, that of an archive of any size.
+        left = glob.glob(os.path.join(glob.escape(self._folder), ".update.*.part"))
+        for path in (self._about, f"{self._about}.part", self.path, *left):
             with contextlib.suppress(OSError):
                 os.unlink(path)
 
@@ -104,9 +102,7 @@ class Spool:
         try:
             os.makedirs(self._folder, mode=0o700, exist_ok=True)
             lines = [*self._lines()[-_METRIC_LINES + 1 :], json.dumps([about, dict(numbers), mode])]
-            with open(f"{self._metrics}.part", "w", encoding="utf-8") as file:
-                file.write("\n".join(lines) + "\n")
-            os.replace(f"{self._metrics}.part", self._metrics)
+            self._write_lines(lines)
         except OSError as error:
             logger.warning("metrics could not be kept until the link is back: %s", error.strerror)
 
@@ -114,7 +110,7 @@ class Spool:
         """Give the reports that wait, oldest first."""
         found = []
         for line in self._lines():
-            with contextlib.suppress(ValueError, TypeError):
+            with contextlib.suppress(ValueError, TypeError, RecursionError):
                 about, numbers, mode = json.loads(line)
                 found.append((str(about), dict(numbers), str(mode)))
         return found
@@ -124,11 +120,14 @@ class Spool:
         left = self._lines()[count:]
         with contextlib.suppress(OSError):
             if left:
-                with open(f"{self._metrics}.part", "w", encoding="utf-8") as file:
-                    file.write("\n".join(left) + "\n")
-                os.replace(f"{self._metrics}.part", self._metrics)
+                self._write_lines(left)
             else:
                 os.unlink(self._metrics)
+
+    def _write_lines(self, lines: Sequence[str]) -> None:
+        # Under a name that nobody knows before: in its place might lie a link to another file of the user.
+        with parts.replacing(self._metrics) as file:
+            file.write("".join(f"{line}\n" for line in lines).encode())
 
     def _lines(self) -> list[str]:
         try:

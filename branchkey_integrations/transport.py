@@ -35,8 +35,16 @@ from branchkey_integrations.errors import (
     TLSError,
     TransportError,
 )
-from branchkey_integrations.http_session import Adapter, Bearer, NoAuth, Session, as_it_comes, can_be_fetched
-from branchkey_integrations.redaction import hidden_targets, host_of
+from branchkey_integrations.http_session import (
+    Adapter,
+    Bearer,
+    NoAuth,
+    Session,
+    as_it_comes,
+    can_be_fetched,
+    in_words_of_the_protocol,
+)
+from branchkey_integrations.redaction import Secret, hidden_targets, hidden_values, host_of
 
 logger = logging.getLogger("branchkey_integrations.transport")
 
@@ -56,6 +64,8 @@ class Repeat(enum.Enum):
     ALWAYS = "always"
     #: It changes something: only when the server cannot have acted on it, or said that it did not.
     IF_NOT_TAKEN = "if not taken"
+    #: Whoever asks does so again by himself, and cannot be held up meanwhile.
+    NEVER = "never"
 
 
 class Body(Protocol):
@@ -77,6 +87,10 @@ class AnswerLostError(Exception):
     def __init__(self, cause: BranchKeyError) -> None:
         super().__init__(str(cause))
         self.cause = cause
+
+
+class OversizedError(DownloadError):
+    """Internal: a presigned object is longer than was allowed; ``found`` says how long, as far as that is known."""
 
 
 @dataclass
@@ -112,7 +126,7 @@ class Transport:
     ) -> None:
         self.endpoint = endpoint
         self.verify = verify
-        self.proxies = dict(proxies) if proxies else None
+        self.proxies = hidden_values(proxies) if proxies else None
         self.timeout_s = timeout_s
         self.retry = retry or RetryPolicy()
         self._secret = credentials.session_token
@@ -162,6 +176,8 @@ class Transport:
                 return failure
             if taken and repeat is Repeat.IF_NOT_TAKEN:
                 raise AnswerLostError(failure)
+            if repeat is Repeat.NEVER:
+                raise failure
             self._pause_or_raise(action, failure, spent, retry_after_s)
 
     def fetch(self, action: str, url: str, target: BinaryIO, *, max_bytes: int | None = None) -> int:
@@ -173,6 +189,7 @@ class Transport:
             DownloadError: the status was not 200 (``status`` tells), or the length is wrong.
             TransportError: the object's host could not be reached or stalled.
         """
+        url = Secret(url)
         if not can_be_fetched(url):
             raise DownloadError(
                 what=action,
@@ -210,17 +227,19 @@ class Transport:
         self._drop_stale_connections()
         try:
             with (
-                hidden_targets(queries_only=True),
+                hidden_targets(but=url),
                 self._send(method, url, all_headers, self._bearer, body, redirects=method == "GET") as answer,
             ):
                 content = self._read_answer(action, answer)
                 status = answer.status_code
                 if status == success:
                     result = http_errors.json_object(content)
-                    if result is None:
-                        raise http_errors.not_json(action, answer, content, host, self._secret)
-                    return result, None, True
-                failure = http_errors.from_answer(action, answer, content, host, self._secret)
+                    if result is not None:
+                        return result, None, True
+                    failure = http_errors.not_json(action, answer, content, host, self._secret)
+                else:
+                    failure = http_errors.from_answer(action, answer, content, host, self._secret)
+                del content  # it may hold a link or a token, and the traceback may be printed with local variables
                 if status not in _TRANSIENT:
                     raise failure
                 retry_after_s = http_errors.retry_after_s(answer.headers.get("Retry-After"), answer.headers.get("Date"))
@@ -260,7 +279,8 @@ class Transport:
     def _copy(
         self, action: str, answer: requests.Response, target: BinaryIO, expected: int | None, max_bytes: int | None
     ) -> int:
-        too_large = DownloadError(what=action, expected=f"at most {max_bytes} bytes", found="more", status=413)
+        known = "more" if expected is None else f"{expected} bytes"
+        too_large = OversizedError(what=action, expected=f"at most {max_bytes} bytes", found=known, status=413)
         if max_bytes is not None and expected is not None and expected > max_bytes:
             raise too_large
         with _on_disk(action):
@@ -268,7 +288,7 @@ class Transport:
             target.truncate()
         received = 0
         # Not decoded: an archive is compressed already, and a decoded body would not have the declared length.
-        for piece in answer.raw.stream(_CHUNK_BYTES, decode_content=False):
+        for piece in in_words_of_the_protocol(answer.raw.stream(_CHUNK_BYTES, decode_content=False)):
             if self._closed.is_set():
                 raise ClientClosedError(what=action, fix="The client was closed during the download")
             received += len(piece)
@@ -313,7 +333,7 @@ class Transport:
     def _read_answer(self, action: str, answer: requests.Response) -> bytes:
         deadline = time.monotonic() + self.timeout_s
         pieces, size = [], 0
-        for piece in as_it_comes(answer):
+        for piece in in_words_of_the_protocol(as_it_comes(answer)):
             pieces.append(piece)
             size += len(piece)
             if size > _MAX_JSON_BYTES:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -18,8 +18,9 @@ from branchkey_integrations.errors import (
     UnreachableError,
     UploadUncertainError,
 )
-from branchkey_integrations.outcome import LeafClient, PendingRound
+from branchkey_integrations.outcome import LeafClient, Note, PendingRound
 from branchkey_integrations.round_notes import RoundNotes
+from branchkey_integrations.run_state import STARTED
 from branchkey_integrations.spool import Spool
 
 logger = logging.getLogger("branchkey_integrations.rounds")
@@ -42,6 +43,7 @@ class Update:
         metrics: of the weights that are sent.
         about: the aggregate that they were trained from; None: none.
         update_id: by which the platform can tell a repeat, whatever its bytes are.
+        run: number of the branch's run in which it was made; None: not known, or made before a run.
     """
 
     round: int
@@ -51,6 +53,7 @@ class Update:
     metrics: Mapping[str, float] = field(default_factory=dict)
     about: str | None = None
     update_id: str = ""
+    run: int | None = None
 
     @property
     def pending(self) -> PendingRound:
@@ -86,7 +89,10 @@ class Uploader:
             UploadUncertainError: it may have been received.
             BranchKeyError: it was not sent.
         """
-        note = self._notes.of_upload(update.round, update.layout)
+        return self._send(update, arrays, late=False)
+
+    def _send(self, update: Update, arrays: Sequence[Any], *, late: bool) -> PendingRound:
+        note = self._noting(update, late=late)
         try:
             upload_id = self._client.upload(arrays, update.weighting, metadata=_metadata(update), note=note)
         except UploadUncertainError:
@@ -98,13 +104,17 @@ class Uploader:
 
     def start(self, update: Update, arrays: Sequence[Any]) -> None:
         """Begin to send an update in a thread; ``arrays`` must not change. :meth:`take` gives what became of it."""
+        held = [arrays]
 
         def work(stop: threading.Event) -> PendingRound | None:
             try:
-                return self.send(update, arrays)
+                return self._send(update, held[0], late=True)
             except BranchKeyError as error:
-                if not self._put(update, arrays, error):
+                if not self._put(update, held[0], error):
                     raise
+            finally:
+                # From here on it is on the disk, or lost: hours without a link shall not hold a copy of the model.
+                held.clear()
             return self._send_later(replace(update, metrics={}), stop)
 
         self._waiting = False
@@ -146,7 +156,7 @@ class Uploader:
             update_id=update.update_id,
             leaf_id=client.leaf_id,
             branch_id=client.branch_id,
-            run_number=getattr(client, "run_number", None),
+            run_number=update.run,
         )
         return kept is not None
 
@@ -154,12 +164,17 @@ class Uploader:
         """Take up an update of round ``number`` that waited when a process ended; say whether there is one."""
         found = None if self._spool is None else self._spool.newest()
         client = self._client
-        mine = (number, client.leaf_id, client.branch_id, getattr(client, "run_number", None))
-        if found is None or (found.round, found.leaf_id, found.branch_id, found.run_number) != mine:
+        mine = (number, client.leaf_id, client.branch_id)
+        if found is None or (found.round, found.leaf_id, found.branch_id) != mine:
             return False
         if layout is not None and found.layout != layout:
             return False
-        update = Update(found.round, -1, found.layout, 1.0, update_id=found.update_id)
+        update = Update(found.round, -1, found.layout, 1.0, update_id=found.update_id, run=found.run_number)
+        try:
+            _require_its_run(update, getattr(client, "run_number", None))
+        except RunBlockedError as error:
+            logger.warning("round %d: what waited on the disk is out of date: %s", number, error)
+            return False
         self._waiting = True
         self._thread.start(lambda stop: self._send_later(update, stop))
         return True
@@ -179,10 +194,13 @@ class Uploader:
             if spool.replaced(update.update_id):
                 return None
             moment = replace(update, mark=self._client.mark())
-            note = self._notes.of_upload(update.round, update.layout)
+            note = self._noting(update, late=True)
             # Training that may not wait must not wait for this try either.
             self._waiting = False
             try:
+                ask: Callable[[], int] | None = getattr(self._client, "ask_run_number", None)
+                # Without a link nobody has heard of a new run, so the platform is asked.
+                _require_its_run(update, None if ask is None or update.run is None else ask())
                 upload_id = self._client.file_upload(spool.path, metadata=_metadata(update), note=note)
             except UploadUncertainError:
                 spool.drop(update.update_id)
@@ -202,7 +220,23 @@ class Uploader:
             return self._sent(moment, upload_id)
         return None
 
-    # --- what follows an upload ------------------------------------------------------------------------------------------
+    # --- what goes along with an upload, and follows it --------------------------------------------------------------
+
+    def _noting(self, update: Update, *, late: bool) -> Note:
+        """Give what the client calls in each step of an upload; ``late``: training may have gone on since it was made."""
+        noted = self._notes.of_upload(update.round, update.layout)
+
+        def note(step: str, digest: str, size_bytes: int) -> None:
+            if step == "sending":
+                number = getattr(self._client, "run_number", None)
+                if late:
+                    _require_its_run(update, number)
+                # The upload may have waited until a new run was started; the round is that run's then.
+                self._notes.follow(number)
+            if noted is not None:
+                noted(step, digest, size_bytes)
+
+        return note
 
     def _sent(self, update: Update, upload_id: str) -> PendingRound:
         self._notes.sent(update.round, upload_id)
@@ -253,8 +287,27 @@ def _report_of(update: Update) -> tuple[str, Mapping[str, float], str]:
     return (update.about or "", update.metrics, "train" if update.about else "non-federated")
 
 
+def _require_its_run(update: Update, number: int | None) -> None:
+    """Demand that the branch's run is still the one in which an update was made; None: nobody knows.
+
+    Raises:
+        RunBlockedError: it is another one, which must not count work of the one before.
+    """
+    if update.run is not None and number is not None and number != update.run:
+        raise RunBlockedError(
+            what=f"update of round {update.round}",
+            expected=f"run {update.run} of the branch, in which it was made",
+            found=f"run {number}",
+            fix="It is dropped, local weights are kept, and the next round counts in the new run",
+            run_status=STARTED,
+        )
+
+
 def _for_later(error: BranchKeyError) -> bool:
     """Tell whether the same update may be taken later, without anybody changing anything here."""
     if isinstance(error, ApiError):
         return error.status in (408, 429) or error.status >= 500
-    return isinstance(error, (UnreachableError, DeadlineError, RunBlockedError))
+    if isinstance(error, RunBlockedError):
+        # Of a run that takes updates, but not this one.
+        return error.run_status != STARTED
+    return isinstance(error, (UnreachableError, DeadlineError))

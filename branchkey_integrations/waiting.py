@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from branchkey_integrations.config import check_seconds
-from branchkey_integrations.errors import BranchKeyError, RoundTimeoutError
+from branchkey_integrations.errors import BranchKeyError, ClientClosedError, RoundTimeoutError
 from branchkey_integrations.events import Mailbox
 
 logger = logging.getLogger("branchkey_integrations.client")
@@ -17,6 +17,11 @@ REFUSED_GRACE_S = 30.0
 _SLICE_S = 0.5
 #: Other leaves take longer now and then; after this somebody who looks on should know what is waited for.
 _QUIET_S = 15.0
+
+
+def closed_error() -> ClientClosedError:
+    """Say that the client was closed."""
+    return ClientClosedError(what="client", expected="an open client", found="a closed one", fix="Make a new Client")
 
 
 def wait_for_aggregation(
@@ -68,5 +73,5 @@ def wait_for_aggregation(
                 what="aggregate",
                 expected=f"one within {timeout_s} s",
                 found=f"none{detail}",
-                fix="Other leaves may be missing; raise timeout_s, or pass on_error='keep_local'",
+                fix="Other leaves may be missing; wait longer, with a higher timeout_s",
             )

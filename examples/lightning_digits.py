@@ -87,7 +87,7 @@ def main() -> None:
         enable_model_summary=False,
         num_sanity_val_steps=0,
     )
-    trainer.fit(model, train, test, ckpt_path=checkpoint, weights_only=True)
+    trainer.fit(model, train, test, ckpt_path=checkpoint)
     report(event="end", accuracy=accuracy(model, test_images, test_labels))
     if federation is not None:
         client.close()

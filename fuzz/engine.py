@@ -110,7 +110,8 @@ class Engine:
                 if pick.random() < 0.05:
                     name = pick.choice([f"layer_{pick.choice(_NUMBERS)}.npy", name + "x", *_ODD_NAMES])
                 if name not in file.NameToInfo:
-                    file.writestr(name, self._member(content))
+                    # The class's own date instead of today's: the same seed shall give the same bytes at any time.
+                    file.writestr(zipfile.ZipInfo(name), self._member(content), file.compression)
         return buffer.getvalue()
 
     def _member(self, content: bytes) -> bytes:

@@ -16,9 +16,19 @@ _JSON_WORDS = [
 
 
 def _npz(arrays: dict[str, np.ndarray], *, compressed: bool = True) -> bytes:
+    """Write what numpy writes, but for the date."""
     buffer = io.BytesIO()
-    (np.savez_compressed if compressed else np.savez)(buffer, **arrays)
+    with zipfile.ZipFile(buffer, "w") as file:
+        for name, array in arrays.items():
+            _add(file, f"{name}.npy", array, zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED)
     return buffer.getvalue()
+
+
+def _add(file: zipfile.ZipFile, name: str, array: np.ndarray, method: int) -> None:
+    entry = zipfile.ZipInfo(name)
+    entry.compress_type = method
+    with file.open(entry, "w", force_zip64=True) as member:
+        np.lib.format.write_array(member, np.asanyarray(array))
 
 
 def _archives() -> list[bytes]:
@@ -34,11 +44,8 @@ def _archives() -> list[bytes]:
     }
     refused = {"layer_0": np.array(["text"]), "layer_1": np.array([1j]), "layer_3": np.zeros(2, dtype=[("a", "f4")])}
     stream = io.BytesIO()
-    with (
-        zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as file,
-        file.open("layer_0.npy", "w", force_zip64=True) as member,
-    ):
-        np.lib.format.write_array(member, np.arange(5, dtype="f2"))
+    with zipfile.ZipFile(stream, "w") as file:
+        _add(file, "layer_0.npy", np.arange(5, dtype="f2"), zipfile.ZIP_DEFLATED)
     return [
         _npz(some),
         _npz(some, compressed=False),

@@ -21,6 +21,10 @@ from branchkey_integrations.transport import Transport
 
 #: Layers up to this size are read as a model would read them; of larger ones only the stream is checked, in pieces.
 _READ_BYTES = 1 << 20
+#: As many as most seeds have.
+_LAYERS = 3
+#: Longest object that is fetched.
+_OBJECT_BYTES = 1 << 10
 _TOKEN = "token-of-the-fuzzer-0123456789"
 _UPDATE = b"an update"
 
@@ -41,8 +45,10 @@ class Target:
 
 
 def archive(data: bytes) -> None:
-    """Read an archive as a leaf does."""
-    with Archive.open(io.BytesIO(data), max_bytes=1 << 40) as opened:
+    """Read an archive as a leaf does, in one of eight cases as one that knows how many layers it must have."""
+    layers = _LAYERS if len(data) % 8 == 0 else None
+    with Archive.open(io.BytesIO(data), max_bytes=1 << 40, layers=layers) as opened:
+        assert layers in (None, len(opened))
         for index, header in enumerate(opened.headers):
             if header.nbytes <= _READ_BYTES:
                 layer = opened[index]
@@ -93,8 +99,16 @@ def _calls(api: Api, transport: Transport) -> list[Callable[[], object]]:
         lambda: api.upload(io.BytesIO(_UPDATE), info, "update.npz", {}),
         lambda: api.send_metrics("a1", '{"loss": 1}', "train"),
         lambda: transport.fetch("download of a1", "http://127.0.0.1:9/o?X-Amz-Signature=secret", io.BytesIO()),
-        lambda: api.download("a1", io.BytesIO()),
+        lambda: _limited(api),
     ]
+
+
+def _limited(api: Api) -> None:
+    target = io.BytesIO()
+    try:
+        api.download("a1", target, _OBJECT_BYTES)
+    finally:
+        assert len(target.getbuffer()) <= _OBJECT_BYTES, "more was kept than is allowed"
 
 
 def http_answer(data: bytes) -> None:

@@ -26,6 +26,7 @@ from branchkey_integrations.archive import (
     validate_upload,
     write_archive,
 )
+from branchkey_integrations.archive_directory import find_directory, read_members
 from branchkey_integrations.errors import ArchiveError, WeightingError
 from tests.support import archives
 from tests.support.archives import (
@@ -229,7 +230,7 @@ def test_64_bit_records_are_written_and_read(monkeypatch: pytest.MonkeyPatch, co
     arrays = [np.arange(100.0), np.arange(1000.0), np.arange(3.0)]
     buffer = io.BytesIO()
     with monkeypatch.context() as patch:
-        patch.setattr(archive_zip, "_MAX16", 2)
+        patch.setattr(archive_zip, "MAX16", 2)
         write_archive(buffer, arrays, 1, compression=compression)
     assert b"PK\x06\x06" in buffer.getvalue()
     data = archives.patched(buffer.getvalue(), (archives.END, 8, b"\xff\xff\xff\xff"))
@@ -248,9 +249,9 @@ def test_a_layer_beyond_4_gib_packed_and_raw_has_long_sizes_in_every_record() ->
     def read_at(offset: int, count: int) -> bytes:  # as if 32 GiB of data lay between
         return (data[:30] + bytes(64))[offset : offset + count] if offset < 64 else record[offset - 2**35 :][:count]
 
-    members, start = archive_zip.read_directory(read_at, 2**35 + len(record))
-    assert members == [member]
-    assert start == 2**35
+    found = find_directory(read_at, 2**35 + len(record))
+    assert list(read_members(read_at, found)) == [member]
+    assert found.start == 2**35
 
 
 def test_a_path_may_be_text_or_any_path_object(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from branchkey_integrations import archive_zip
 from branchkey_integrations.archive import (
     Archive,
 )
+from branchkey_integrations.archive_directory import find_directory, read_local_header, read_members
 from branchkey_integrations.archive_stream import ByteSource, MemberStream
 from branchkey_integrations.errors import ArchiveError
 from tests.support import archives
@@ -152,8 +153,8 @@ def test_a_member_that_reaches_into_the_directory_is_refused() -> None:
 def test_a_member_that_was_not_read_to_its_end_is_not_taken_for_sound() -> None:
     data = forged(deflated(SIXTEEN), raw_bytes=len(SIXTEEN), crc=zlib.crc32(SIXTEEN))
     source = ByteSource(io.BytesIO(data))
-    (member,), _ = archive_zip.read_directory(source.read_at, source.size)
-    stream = MemberStream(source, member, archive_zip.read_local_header(source.read_at, member))
+    (member,) = read_members(source.read_at, find_directory(source.read_at, source.size))
+    stream = MemberStream(source, member, read_local_header(source.read_at, member))
     assert stream.take(6) == b"\x93NUMPY"
     with pytest.raises(ArchiveError, match=r"layer_0: .*longer than its header says"):
         stream.finish()

@@ -168,19 +168,25 @@ def test_check_says_that_a_stopped_run_refuses_updates(tmp_path, capsys):
     assert "status 'stop', number 1; updates are refused until it is started" in out[1]
 
 
-def test_check_names_each_failure_in_a_line_of_its_own_and_no_secret(tmp_path, capsys):
+def found_by_check(out: list[str]) -> list[tuple[str, str, str]]:
+    """Give verdict, step and what is said of it, of each line of results."""
+    return [(verdict, step, " ".join(rest)) for verdict, step, *rest in (line.split() for line in out)]
+
+
+def test_check_tells_the_cause_that_all_failures_share_once_and_no_secret(tmp_path, capsys):
     with Sandbox() as sandbox:
         fields = {**sandbox.credentials[0].to_dict(), "session_token": "wrong-token-of-somebody-else"}
         credentials = write_credentials(tmp_path, fields)
         status, out, err = run(capsys, "check", "--credentials", credentials, "--host", sandbox.url)
     assert status == 1
-    assert [line.split()[1] for line in out] == ["credentials:"]
-    assert [line.split()[:2] for line in err] == [
-        ["error:", "run:"],
-        ["error:", "configuration:"],
-        ["error:", "notifications:"],
+    assert found_by_check(out[1:]) == [
+        ("failed", "run:", "AuthenticationError"),
+        ("failed", "configuration:", "AuthenticationError, as for run"),
+        ("failed", "notifications:", "AuthenticationError, as for run"),
     ]
-    assert all("401" in line or "403" in line for line in err)
+    assert len(err) == 1
+    assert err[0].startswith("error: run: run details: expected success from ")
+    assert "found 401" in err[0]
     assert not any("wrong-token" in line for line in out + err)
 
 
@@ -190,20 +196,46 @@ def test_check_goes_on_after_a_failure(tmp_path, capsys):
         with sandbox.intercept("config", Answer(404, b'{"error": "no such branch"}', "application/json")):
             status, out, err = run(capsys, "check", "--credentials", credentials, "--host", sandbox.url)
     assert status == 1
-    assert [line.split()[1] for line in out] == ["credentials:", "run:", "notifications:"]
+    assert found_by_check(out[1:]) == [
+        ("ok", "run:", "status 'start', number 1"),
+        ("failed", "configuration:", "NotFoundError"),
+        ("ok", "notifications:", "ready over websocket"),
+    ]
     assert len(err) == 1
-    assert "configuration" in err[0]
+    assert err[0].startswith("error: configuration: ")
     assert "no such branch" in err[0]
 
 
-def test_check_says_that_a_host_is_not_reachable(tmp_path, capsys):
+def test_check_tells_failures_of_different_causes_apart(tmp_path, capsys):
+    with Sandbox() as sandbox:
+        credentials = write_credentials(tmp_path, sandbox.credentials[0].to_dict())
+        words = ["--credentials", credentials, "--host", sandbox.url, "--rbmq-host", "127.0.0.1", "--rbmq-port", "1"]
+        with sandbox.intercept("config", Answer(404, b'{"error": "no such branch"}', "application/json")):
+            status, out, err = run(capsys, "check", *words)
+    assert status == 1
+    assert found_by_check(out[2:]) == [
+        ("failed", "configuration:", "NotFoundError"),
+        ("failed", "notifications:", "UnreachableError"),
+    ]
+    assert [line.split()[:2] for line in err] == [["error:", "configuration:"], ["error:", "notifications:"]]
+    assert "127.0.0.1:1" in err[1]
+
+
+def test_check_says_once_that_a_host_is_not_reachable(tmp_path, capsys):
     with Sandbox() as sandbox:
         url = sandbox.url
     credentials = write_credentials(tmp_path, credential_fields())
-    status, _, err = run(capsys, "check", "--credentials", credentials, "--host", url)
+    status, out, err = run(capsys, "check", "--credentials", credentials, "--host", url)
     assert status == 1
-    assert len(err) == 3
-    assert all(url.split("//")[1] in line or "127.0.0.1" in line for line in err)
+    assert [(verdict, step) for verdict, step, _ in found_by_check(out)] == [
+        ("ok", "credentials:"),
+        ("failed", "run:"),
+        ("failed", "configuration:"),
+        ("failed", "notifications:"),
+    ]
+    assert len(err) == 1
+    assert url.split("//")[1] in err[0]
+    assert "Connection refused" in err[0]
 
 
 @pytest.mark.parametrize(
@@ -217,7 +249,7 @@ def test_check_says_that_a_host_is_not_reachable(tmp_path, capsys):
 )
 def test_check_names_a_wrong_argument_in_one_line(words, named, tmp_path, capsys):
     leaf = str(write_credentials(tmp_path, credential_fields()))
-    status, _, err = run(capsys, "check", *(word.replace("{leaf}", leaf) for word in words))
-    assert status == 1
+    status, out, err = run(capsys, "check", *(word.replace("{leaf}", leaf) for word in words))
+    assert (status, out) == (1, [])
     assert len(err) == 1
     assert named in err[0]

@@ -724,7 +724,7 @@ def test_an_update_that_meets_a_run_just_paused_says_so_and_is_no_error_of_the_c
         sandbox.pause()
         sandbox.wait_for(lambda: client.run_status == "pause")
         # As if the notification were still on its way.
-        client._run.status = "start"
+        client._run.told("start")
         with pytest.raises(RunBlockedError, match="found 'pause'"):
             client.upload([np.ones(3, "f4")], 1)
         assert sandbox.hits("upload") == 1

@@ -48,8 +48,13 @@ def test_hostile_bytes_give_our_errors_and_nothing_else(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_engine_makes_the_same_inputs_for_the_same_seed_and_keeps_to_the_length(name: str) -> None:
-    first, second, other = (list(islice(inputs(name, seed), 300)) for seed in (1, 1, 2))
+def test_the_engine_makes_the_same_inputs_for_the_same_seed_and_keeps_to_the_length(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, other = (list(islice(inputs(name, seed), 300)) for seed in (1, 2))
+    # Archives hold dates; another day must make no other bytes.
+    monkeypatch.setattr("zipfile.time.localtime", lambda *_: (2001, 2, 3, 4, 5, 6, 0, 0, 0))
+    second = list(islice(inputs(name, 1), 300))
     assert first == second
     assert first != other
     assert first[: len(SEEDS[name])] == SEEDS[name]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import resource
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,13 +18,14 @@ from branchkey_integrations import Client
 from branchkey_integrations.config import RetryPolicy
 from branchkey_integrations.errors import ArchiveError, DownloadError
 from branchkey_integrations.options import RoundOptions
+from branchkey_integrations.parts import IDLE_S
 from branchkey_integrations.rounds import RoundEngine
 from branchkey_integrations.sandbox import Sandbox
 from tests.support.stores import NumpyStore
 
 #: More than the sandbox's own files, the journal and pytest's notes take, and less than an aggregate.
 _ROOM_BYTES = 300_000
-_LAYER = np.random.default_rng(0).normal(size=200_000).astype("f4")
+_LAYER = np.random.default_rng(0).normal(size=400_000).astype("f4")
 
 
 @contextlib.contextmanager
@@ -70,7 +73,10 @@ def test_an_output_folder_that_cannot_be_made_is_named(sandbox: Sandbox, client:
         client.file_download(identifier)
 
 
-def test_training_goes_on_when_the_disk_is_full_and_the_next_round_counts(sandbox: Sandbox, client: Client) -> None:
+def test_training_goes_on_when_the_disk_is_full_and_the_next_round_counts(
+    sandbox: Sandbox, client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("branchkey_integrations.exchange._SMALL_BYTES", 0)
     store = NumpyStore(weight=_LAYER.copy())
     engine = RoundEngine(client, RoundOptions(weighting=1.0, on_error="keep_local", timeout_s=20))
     assert engine.submit(store).status == "pending"
@@ -115,7 +121,10 @@ def test_no_room_for_even_an_empty_temporary_file_is_an_error_of_ours(
         ArchiveError, match="update: expected room for a temporary file, found No such file or directory"
     ):
         client.upload([_LAYER], 1.0)
-    identifier = sandbox.publish([_LAYER[:2]])
+    identifier = sandbox.publish([_LAYER])
+    with pytest.raises(DownloadError, match=f"download of {identifier}: expected room to store it, found No such file"):
+        client.load_aggregation(identifier)
+    monkeypatch.setattr("branchkey_integrations.exchange._SMALL_BYTES", 0)
     with pytest.raises(ArchiveError, match=f"aggregate {identifier}: expected room for a temporary file"):
         client.load_aggregation(identifier)
     assert sandbox.uploads == []
@@ -129,3 +138,29 @@ def test_a_disk_that_is_full_at_the_last_byte_is_noticed(sandbox: Sandbox, clien
     identifier = sandbox.publish([_LAYER[:2]])
     with pytest.raises(DownloadError, match="found No space left on device"):
         client._api.download(identifier, FullAtTheEnd())
+
+
+def test_what_a_killed_download_left_goes_with_the_next_one(sandbox: Sandbox, client: Client, tmp_path: Path) -> None:
+    folder, long_ago = tmp_path / "out", time.time() - IDLE_S - 60
+    folder.mkdir()
+    for name in (
+        ".a.npz.0123456789abcdef.part",
+        ".a-0123456789abcdef.part",
+        "film.part",
+        ".b.npz.0123456789abcdef.part",
+    ):
+        (folder / name).write_bytes(b"half")
+        if not name.startswith(".b"):
+            os.utime(folder / name, (long_ago, long_ago))
+    path = client.file_download(sandbox.publish([_LAYER[:2]]))
+    left = {".b.npz.0123456789abcdef.part", "film.part", os.path.basename(path)}
+    assert {each.name for each in folder.iterdir()} == left
+
+
+def test_a_stored_aggregate_is_on_the_disk_before_it_has_its_name(
+    sandbox: Sandbox, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: seen.append(os.fstat(descriptor).st_ino))
+    path = client.file_download(sandbox.publish([_LAYER[:2]]))
+    assert os.stat(path).st_ino in seen

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,11 +13,16 @@ import pytest
 
 from branchkey_integrations.errors import ConfigurationError, JournalError
 from branchkey_integrations.events import Mailbox
-from branchkey_integrations.journal import Journal, NotedRound
+from branchkey_integrations.journal import Journal
+from branchkey_integrations.noted import NotedRound
 
 
 def opened(folder: Path, leaf: str = "leaf", branch: str = "branch", run: int | None = 1) -> Journal:
     return Journal(str(folder), leaf, branch, run)
+
+
+def _full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def begun(folder: Path) -> Journal:
@@ -72,8 +75,9 @@ def test_only_an_archive_that_went_out_whole_counts_as_sent(tmp_path: Path, step
         else:
             getattr(journal, step)(1)
     journal.close()
-    noted = opened(tmp_path).get(1)
-    assert (noted.sent if noted else None) == known
+    again = opened(tmp_path)
+    for noted in (again.get(1), again.unfinished("abc")):
+        assert (noted.sent if noted else None) == known
 
 
 def test_each_step_is_on_the_disk_when_the_call_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,7 +107,19 @@ def test_a_line_that_a_crash_cut_short_is_dropped_and_the_next_one_is_whole(tmp_
     assert third.aggregation_id == "a"
 
 
-@pytest.mark.parametrize("line", [b"nonsense\n", b"[1]\n", b'{"event":"other"}\n', b"\xff\n"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"nonsense\n",
+        b"[1]\n",
+        b'{"event":"other"}\n',
+        b"\xff\n",
+        b'{"event":["begin"]}\n',
+        b'{"event":"state","heard":5}\n',
+        b'{"event":"state","forgotten":"x"}\n',
+        b'{"event":"state","newest":[]}\n',
+    ],
+)
 def test_a_line_that_means_nothing_is_refused_by_its_number(tmp_path: Path, line: bytes) -> None:
     journal = begun(tmp_path)
     journal.close()
@@ -112,6 +128,7 @@ def test_a_line_that_means_nothing_is_refused_by_its_number(tmp_path: Path, line
     with pytest.raises(JournalError, match="line 2") as caught:
         opened(tmp_path)
     assert "Move the file away" in str(caught.value)
+    assert not (tmp_path / "leaf.lock").exists()
     Path(journal.path).unlink()
     begun(tmp_path).close()  # the refused one let go of the file
 
@@ -131,6 +148,25 @@ def test_another_run_or_branch_knows_nothing_of_it(tmp_path: Path) -> None:
     assert second.rounds == []
     second.close()
     assert opened(tmp_path).get(1) is None
+
+
+def test_a_new_run_of_the_branch_is_a_new_beginning_and_an_unknown_one_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = begun(tmp_path)
+    sent(journal, 1)
+    for same in (None, 1):
+        journal.follow(same)
+        assert [noted.round for noted in journal.rounds] == [1]
+    with monkeypatch.context() as once:
+        once.setattr(os, "fsync", _full)
+        with pytest.raises(JournalError, match=os.strerror(errno.ENOSPC)):
+            journal.follow(2)
+    assert journal.get(1) is not None
+    journal.follow(2)
+    assert (journal.rounds, journal.is_current) == ([], True)
+    journal.close()
+    assert opened(tmp_path, run=2).is_current
 
 
 def test_only_an_open_round_of_the_same_layers_is_unfinished(tmp_path: Path) -> None:
@@ -155,19 +191,23 @@ def test_an_aggregate_that_came_when_no_round_was_open_stays_unread_until_a_roun
     journal.closed(1, "applied", "a")
     journal.announced("late")
     assert journal.unread == "late"
+    journal.closed(1, "applied", "another")
+    assert journal.unread == "late"
+    journal.closed(1, "applied", "late")
+    assert journal.unread is None
     noted = journal.get(1)
     assert noted is not None
-    assert noted.aggregation_id == "a"
+    assert noted.aggregation_id == "late"
 
 
-def test_one_process_at_a_time_holds_it(tmp_path: Path) -> None:
+def test_a_round_that_ends_without_its_aggregate_still_knows_which_one_was_announced(tmp_path: Path) -> None:
     journal = begun(tmp_path)
-    program = f"from branchkey_integrations.journal import Journal; Journal({str(tmp_path)!r}, 'leaf', 'branch', 1)"
-    child = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
-    assert child.returncode == 1
-    assert "one process at a time" in child.stderr
-    journal.close()
-    opened(tmp_path).close()
+    sent(journal, 1)
+    journal.announced("a")
+    journal.closed(1, "skipped", None)
+    noted = journal.get(1)
+    assert noted is not None
+    assert (noted.closed, noted.aggregation_id) == ("skipped", "a")
 
 
 def test_within_a_process_the_newest_takes_it_over(tmp_path: Path) -> None:
@@ -181,6 +221,20 @@ def test_within_a_process_the_newest_takes_it_over(tmp_path: Path) -> None:
     old.close()
     new.close()
     assert [noted.round for noted in opened(tmp_path).rounds] == [1, 2]
+
+
+def test_a_closed_one_notes_nothing_and_lets_nothing_be_sent(tmp_path: Path) -> None:
+    journal = begun(tmp_path)
+    sent(journal, 1)
+    before = Path(journal.path).read_bytes()
+    journal.close()
+    journal.announced("a")
+    journal.closed(1, "applied", "a")
+    journal.begin()
+    for send in (lambda: journal.sending(2, "abc", "sha256=x", 10), lambda: journal.posted(1)):
+        with pytest.raises(JournalError, match="closed meanwhile"):
+            send()
+    assert Path(journal.path).read_bytes() == before
 
 
 def test_an_engine_that_was_dropped_lets_go_of_it(tmp_path: Path) -> None:

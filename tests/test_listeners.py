@@ -205,19 +205,6 @@ def test_it_comes_back_when_the_server_drops_it(channel: Channel) -> None:
     assert channel.heard.failures == []
 
 
-def test_it_survives_a_restart_of_the_server_and_loses_nothing_kept_for_it(channel: Channel) -> None:
-    with started(channel.listener()) as listener:
-        channel.send(aggregate("before"))
-        wait_until(lambda: channel.heard.ids == ["before"])
-        channel.stop()
-        wait_until(lambda: not listener.connected)
-        assert listener.alive
-        channel.start()
-        channel.send(aggregate("after"))
-        wait_until(lambda: "after" in channel.heard.ids)
-    assert channel.heard.failures == []
-
-
 def test_wrong_credentials_are_refused_by_start_and_nothing_runs_on(channel: Channel) -> None:
     listener = channel.stranger()
     with pytest.raises(NotificationError) as caught:

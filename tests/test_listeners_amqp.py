@@ -81,7 +81,9 @@ def test_a_deleted_queue_is_told_and_it_comes_back_with_the_queue(channel: AmqpC
     assert [type(failure) for failure in channel.heard.failures] == [NotificationError, type(None)]
 
 
-def test_a_kill_in_the_middle_of_a_burst_loses_nothing(channel: AmqpChannel, rabbitmq: RabbitMQ) -> None:
+def test_a_broker_killed_in_the_middle_of_a_burst_and_started_again_loses_nothing(
+    channel: AmqpChannel, rabbitmq: RabbitMQ
+) -> None:
     sent = [f"a{number}" for number in range(90)]
     gate = threading.Event()
     with started(channel.listener()) as listener:
@@ -98,6 +100,8 @@ def test_a_kill_in_the_middle_of_a_burst_loses_nothing(channel: AmqpChannel, rab
         # Twenty were handed over, nineteen acknowledged, the rest lies on the wire or in the queue.
         rabbitmq.node.halt(kill=True)
         gate.set()
+        wait_until(lambda: not listener.connected)
+        assert listener.alive
         rabbitmq.node.resume()
         wait_until(lambda: set(channel.heard.ids) == set(sent))
         # What was not acknowledged comes again, in order, and nothing comes before what was sent before it.

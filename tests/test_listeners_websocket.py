@@ -22,7 +22,7 @@ from branchkey_integrations.errors import (
     UnreachableError,
 )
 from branchkey_integrations.events import AggregateReady
-from branchkey_integrations.listeners import Ticket
+from branchkey_integrations.listeners import Ticket, base
 from tests.support.channels import (
     WebSocketChannel,
     our_threads,
@@ -65,6 +65,19 @@ def test_every_connection_gets_a_fresh_ticket(channel: WebSocketChannel) -> None
             channel.drop()
         wait_until(lambda: len(channel.server.requests) == 4)
     assert len({request.path for request in channel.server.requests}) == 4
+
+
+def test_it_survives_a_restart_of_the_server_and_loses_nothing_kept_for_it(channel: WebSocketChannel) -> None:
+    with started(channel.listener()) as listener:
+        channel.send(aggregate("before"))
+        wait_until(lambda: channel.heard.ids == ["before"])
+        channel.stop()
+        wait_until(lambda: not listener.connected)
+        assert listener.alive
+        channel.start()
+        channel.send(aggregate("after"))
+        wait_until(lambda: "after" in channel.heard.ids)
+    assert channel.heard.failures == []
 
 
 @pytest.mark.parametrize("code", [1000, 1001, 1008, 1011, 1012, 1013, 4000, None])
@@ -209,7 +222,10 @@ def test_a_fault_in_the_ticket_call_is_reported_and_survived(channel: WebSocketC
         wait_until(lambda: listener.connected)
 
 
-def test_close_does_not_wait_for_a_ticket_that_hangs(channel: WebSocketChannel) -> None:
+def test_close_does_not_wait_for_a_ticket_that_hangs(
+    channel: WebSocketChannel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "CLOSE_S", 0.2)
     asked, answer = threading.Event(), threading.Event()
 
     def ticket() -> Ticket:

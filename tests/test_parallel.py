@@ -105,3 +105,16 @@ def test_an_interrupt_while_waiting_is_passed_on_when_no_work_runs_any_more(monk
         over_layers([WORTH_BYTES] * 40, work)
     assert not running
     assert len(begun) < 40
+
+
+def test_tens_of_thousands_of_layers_take_one_task_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = []
+    submit = parallel.ThreadPoolExecutor.submit
+
+    def counted(self: object, *args: object) -> object:
+        tasks.append(args)
+        return submit(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(parallel.ThreadPoolExecutor, "submit", counted)
+    assert over_layers([WORTH_BYTES // 1000] * 20_000, lambda index: index) == list(range(20_000))
+    assert len(tasks) == 2

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
+import hashlib
 import io
 import json
 import logging
 import os
+import resource
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +20,9 @@ import pytest
 
 from branchkey_integrations.client import Client
 from branchkey_integrations.config import RetryPolicy
-from branchkey_integrations.errors import AggregateRejectedError, ArchiveError
+from branchkey_integrations.errors import AggregateRejectedError, ArchiveError, NotificationError
 from branchkey_integrations.options import RoundOptions
+from branchkey_integrations.parts import IDLE_S
 from branchkey_integrations.quarantine import Quarantine
 from branchkey_integrations.rounds import RoundEngine
 from branchkey_integrations.sandbox import Answer, Sandbox
@@ -189,10 +194,12 @@ def test_a_training_from_an_older_checkpoint_goes_past_a_refused_round_without_s
 
 def test_only_the_newest_ones_are_kept(tmp_path: Path) -> None:
     quarantine = Quarantine(str(tmp_path), most=2)
+    (tmp_path / "notes.txt").touch()  # somebody's, and none of ours to count or delete
+    os.utime(tmp_path / "notes.txt", (2**32, 2**32))
     for number in range(4):
         path = quarantine.keep(io.BytesIO(b"x"), f"a{number}", ArchiveError(what="w"))
         os.utime(path, ns=(number * 10**9, number * 10**9))
-    assert sorted(os.listdir(tmp_path)) == ["a2.json", "a2.npz", "a3.json", "a3.npz"]
+    assert sorted(os.listdir(tmp_path)) == ["a2.json", "a2.npz", "a3.json", "a3.npz", "notes.txt"]
 
 
 def test_a_full_disk_leaves_no_half_file_and_no_other_error(
@@ -205,3 +212,103 @@ def test_a_full_disk_leaves_no_half_file_and_no_other_error(
     assert Quarantine(str(tmp_path)).keep(io.BytesIO(b"x"), "a", ArchiveError(what="w")) == ""
     assert os.listdir(tmp_path) == []
     assert os.strerror(errno.ENOSPC) in caplog.text
+
+
+def test_the_reason_describes_the_file_wherever_it_was_read_to(tmp_path: Path) -> None:
+    content = os.urandom(3_000_000)
+    file = io.BytesIO(content)
+    file.seek(1000)
+    error = ArchiveError(what="layer_3", expected="this", found="that", fix="Do so")
+    path = Quarantine(str(tmp_path / "q")).keep(file, "a1", error)
+    assert Path(path).read_bytes() == content
+    reason = json.loads((tmp_path / "q" / "a1.json").read_text())
+    datetime.datetime.fromisoformat(reason.pop("refused_at"))
+    assert reason == {
+        "aggregation_id": "a1",
+        "what": "layer_3",
+        "expected": "this",
+        "found": "that",
+        "size_bytes": 3_000_000,
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
+    assert (tmp_path / "q").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_reason_without_a_file_counts_among_the_newest(tmp_path: Path) -> None:
+    quarantine = Quarantine(str(tmp_path), most=2)
+    for number, note in enumerate([False, True, False, True]):
+        error, name = ArchiveError(what="w"), f"a{number}"
+        path = quarantine.note(name, error) if note else quarantine.keep(io.BytesIO(b"x"), name, error)
+        assert path.endswith("json" if note else "npz")
+        for each in tmp_path.glob(f"{name}.*"):
+            os.utime(each, ns=(number * 10**9, number * 10**9))
+    assert sorted(os.listdir(tmp_path)) == ["a2.json", "a2.npz", "a3.json"]
+    sizes = [json.loads((tmp_path / f"{name}.json").read_text())["size_bytes"] for name in ("a2", "a3")]
+    assert sizes == [1, None]
+
+
+def test_the_same_one_refused_again_is_kept_once(tmp_path: Path) -> None:
+    quarantine = Quarantine(str(tmp_path), most=2)
+    for content in (b"other", b"first", b"second"):
+        path = quarantine.keep(io.BytesIO(content), "b" if content == b"other" else "a", ArchiveError(what="w"))
+    assert Path(path).read_bytes() == b"second"
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "a.npz", "b.json", "b.npz"]
+
+
+def test_what_would_fill_the_disk_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = []
+    monkeypatch.setattr("branchkey_integrations.quarantine.room_in", lambda folder: asked.append(folder) or 4)
+    quarantine = Quarantine(str(tmp_path))
+    assert quarantine.keep(io.BytesIO(b"five!"), "a", ArchiveError(what="w")) == ""
+    assert (os.listdir(tmp_path), asked) == ([], [str(tmp_path)])
+    assert os.strerror(errno.ENOSPC) in caplog.text
+    assert quarantine.keep(io.BytesIO(b"four"), "a", ArchiveError(what="w")) != ""
+
+
+@pytest.mark.parametrize("note", [False, True])
+def test_a_reason_that_cannot_be_written_is_logged_and_leaves_no_file(
+    tmp_path: Path, note: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.json").mkdir()
+    quarantine, error = Quarantine(str(tmp_path)), ArchiveError(what="w")
+    assert (quarantine.note("a", error) if note else quarantine.keep(io.BytesIO(b"x"), "a", error)) == ""
+    assert os.listdir(tmp_path) == ["a.json"]
+    assert "a could not be kept" in caplog.text if not note else "why a was refused" in caplog.text
+
+
+@pytest.mark.parametrize("note", [False, True])
+def test_what_killed_processes_left_goes_with_the_next_refusal(tmp_path: Path, note: bool) -> None:
+    long_ago = time.time() - IDLE_S - 60
+    for name in (".a.npz.0123456789abcdef.part", "a.npz.part", "notes.part", ".b.npz.0123456789abcdef.part"):
+        (tmp_path / name).write_bytes(b"half")
+        if not name.startswith(".b"):
+            os.utime(tmp_path / name, (long_ago, long_ago))
+    quarantine, error = Quarantine(str(tmp_path)), ArchiveError(what="w")
+    assert quarantine.note("c", error) if note else quarantine.keep(io.BytesIO(b"x"), "c", error)
+    left = {".b.npz.0123456789abcdef.part", "notes.part", "c.json"} | (set() if note else {"c.npz"})
+    assert set(os.listdir(tmp_path)) == left
+
+
+def test_an_id_that_is_a_path_leads_nowhere(tmp_path: Path) -> None:
+    quarantine = Quarantine(str(tmp_path / "q"))
+    for way in (
+        lambda name: quarantine.keep(io.BytesIO(b"x"), name, ArchiveError()),
+        lambda name: quarantine.note(name, ArchiveError()),
+    ):
+        with pytest.raises(NotificationError):
+            way("../evil")
+    assert list(tmp_path.glob("**/*evil*")) == []
+
+
+@pytest.mark.parametrize("note", [False, True])
+def test_a_reason_is_whole_or_not_there(tmp_path: Path, note: bool) -> None:
+    quarantine, error = Quarantine(str(tmp_path)), ArchiveError(what="w")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, limits[1]))  # as on a disk that is nearly full
+    try:
+        path = quarantine.note("a", error) if note else quarantine.keep(io.BytesIO(b"x"), "a", error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (path, os.listdir(tmp_path)) == ("", [])

@@ -56,11 +56,20 @@ def test_every_target_is_hidden_while_an_object_is_fetched(lines: list[str]) -> 
     assert lines == ['http://host "GET <hidden>" 200'] * 2
 
 
-def test_only_signed_targets_are_hidden_in_our_own_calls(lines: list[str]) -> None:
-    with hidden_targets(queries_only=True):
-        log(SIGNED)
-        log("/api/v1/run/b1")
-    assert lines == ['http://host "GET <hidden>" 200', 'http://host "GET /api/v1/run/b1" 200']
+def test_of_our_own_calls_the_address_is_shown_and_not_where_a_redirect_leads(lines: list[str]) -> None:
+    url = "http://host/base/api/v1/run/b1"
+    with hidden_targets(but=url):
+        for target in (
+            SIGNED,
+            "/base/api/v1/run/b1",
+            url,
+            "/base/api/v1/run/b1?x=1",
+            "/what-was-sent-0123",
+            "HTTP/1.1",
+        ):
+            log(target)
+    shown = ("<hidden>", "/base/api/v1/run/b1", url, "<hidden>", "<hidden>", "HTTP/1.1")
+    assert lines == [f'http://host "GET {target}" 200' for target in shown]
 
 
 def test_the_users_own_requests_are_left_alone(lines: list[str]) -> None:
@@ -82,7 +91,7 @@ def test_a_traceback_in_such_a_record_is_dropped(lines: list[str]) -> None:
 
 
 def test_nesting_and_errors_put_things_back(lines: list[str]) -> None:
-    with pytest.raises(KeyError), hidden_targets(queries_only=True), hidden_targets():
+    with pytest.raises(KeyError), hidden_targets(but="/x"), hidden_targets():
         raise KeyError
     log(SIGNED)
     assert SIGNED in lines[0]

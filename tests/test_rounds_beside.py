@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import threading
+import traceback
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from branchkey_integrations import uploading
+from branchkey_integrations.background import Background
 from branchkey_integrations.client import Client
-from branchkey_integrations.errors import ApiError
+from branchkey_integrations.errors import ApiError, UnreachableError
 from branchkey_integrations.options import RoundOptions
 from branchkey_integrations.rounds import RoundEngine
 from branchkey_integrations.sandbox import Answer, Sandbox
 from tests.support.offline import DOWN, ONCE, leaf, waiting
 from tests.support.rounds import wait
-from tests.support.stores import small_store
+from tests.support.stores import NumpyStore, small_store
 
 
 @pytest.fixture
@@ -103,6 +108,23 @@ def test_training_that_may_not_wait_does_not_wait_for_another_try_of_an_update(
     assert upload.layers[0][0, 0] == 2.0
 
 
+def test_an_update_that_took_the_place_of_one_that_waited_is_sent_before_the_next(
+    sandbox: Sandbox, tmp_path: Path
+) -> None:
+    held = Held()
+    with leaf(sandbox, tmp_path, wait=False) as engine:
+        with sandbox.intercept("upload", DOWN) as met:
+            engine.submit(small_store(2.0), samples=1)
+            wait(lambda: met.count >= 2 and not engine._uploader.sends)
+        with sandbox.intercept("upload", held):
+            wait(lambda: engine.submit(small_store(3.0), samples=1).status == "pending")
+            late = engine.submit(small_store(4.0), samples=1)
+            held.go.set()
+        assert (late.status, late.reason) == ("skipped", "the update before is still being sent")
+        sandbox.wait_for(lambda: sandbox.uploads)
+    assert sandbox.uploads[-1].layers[0][0, 0] == 3.0
+
+
 def test_what_waits_is_kept_until_a_newer_update_is_there_to_be_sent(sandbox: Sandbox, tmp_path: Path) -> None:
     with leaf(sandbox, tmp_path) as engine:
         with sandbox.intercept("upload", DOWN):
@@ -184,3 +206,84 @@ def test_an_aggregate_that_could_not_be_had_is_loaded_after_the_next_update_too(
             held.go.set()
             engine.close()
         assert (outcome.status, outcome.aggregation_id) == ("applied", sandbox.aggregates[0])
+
+
+class WatchedStore(NumpyStore):
+    """Know whether copies of the model that were given away are still held by anybody."""
+
+    def __init__(self, **arrays: np.ndarray) -> None:
+        super().__init__(**arrays)
+        self.copies: list[weakref.ref[np.ndarray]] = []
+
+    def read(self) -> list[np.ndarray]:
+        found = super().read()
+        self.copies += [weakref.ref(array) for array in found]
+        return found
+
+    @property
+    def held(self) -> int:
+        return sum(copy() is not None for copy in self.copies)
+
+
+def test_while_an_update_waits_on_the_disk_no_copy_of_the_model_is_held_in_memory(
+    sandbox: Sandbox, tmp_path: Path
+) -> None:
+    store, go = WatchedStore(weight=np.ones((2, 3), "f4"), bias=np.ones(3, "f4")), threading.Event()
+
+    def away(call: Any) -> Answer:
+        assert go.wait(20)
+        return DOWN
+
+    def waits(number: int) -> bool:
+        return any(json.loads(path.read_text())["round"] == number for path in tmp_path.rglob("update.json"))
+
+    with leaf(sandbox, tmp_path, wait=False) as engine, sandbox.intercept("upload", away) as met:
+        engine.submit(store, samples=1)
+        wait(lambda: met.count >= 1)
+        assert store.held == 2
+        go.set()
+        wait(lambda: waits(1))
+        wait(lambda: store.held == 0)
+        wait(lambda: engine.submit(store, samples=1).status == "pending")
+        wait(lambda: waits(engine.round))
+        wait(lambda: store.held == 0)
+        assert engine._uploader._thread.busy
+
+
+@pytest.mark.parametrize("options", [{"journal": False}, {"on_error": "raise"}])
+def test_an_error_that_nobody_has_heard_of_yet_holds_no_copy_of_the_model(
+    sandbox: Sandbox, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    store = WatchedStore(weight=np.ones((2, 3), "f4"), bias=np.ones(3, "f4"))
+    with leaf(sandbox, tmp_path, wait=False, **options) as engine, sandbox.intercept("upload", DOWN):
+        engine.submit(store, samples=1)
+        engine._uploader._thread.join(20)
+        assert len(store.copies) == 2
+        wait(lambda: store.held == 0)
+        error = engine._uploader._thread._error
+        assert isinstance(error, ApiError)
+        # Where it came from is still told.
+        assert [entry.name for entry in traceback.extract_tb(error.__traceback__)][-1] != "_run"
+
+
+def test_an_error_holds_nothing_of_the_calls_that_led_to_its_cause() -> None:
+    held: list[weakref.ref[np.ndarray]] = []
+
+    def inner() -> None:
+        copy = np.ones(3)
+        held.append(weakref.ref(copy))
+        raise OSError(copy.size)
+
+    def work(stop: threading.Event) -> None:
+        try:
+            inner()
+        except OSError as error:
+            raise UnreachableError(what="platform") from error
+
+    background: Background[None] = Background("test")
+    background.start(work)
+    background.join()
+    assert [copy() for copy in held] == [None]
+    with pytest.raises(UnreachableError) as caught:
+        background.take()
+    assert isinstance(caught.value.__cause__, OSError)

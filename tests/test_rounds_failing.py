@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from branchkey_integrations.client import Client
 from branchkey_integrations.errors import (
     AggregateRejectedError,
     ApiError,
+    ArchiveError,
     BranchKeyError,
     ClientClosedError,
     RoundTimeoutError,
@@ -233,3 +234,39 @@ def test_a_long_wait_says_once_what_it_waits_for(
         client.wait_for_aggregation(1.2)
     said = [record.getMessage() for record in caplog.records if "still waiting" in record.getMessage()]
     assert said == ["still waiting for an aggregate (up to 1.2 s); other leaves may not have sent their updates yet"]
+
+
+def test_a_round_without_an_answer_says_which_and_what_can_be_done(client: Client, sandbox: Sandbox) -> None:
+    engine, store = engine_of(client, timeout_s=0.05), small_store()
+    with sandbox.intercept("upload", swallow):
+        for number in (1, 2):
+            engine.submit(store, samples=1)
+            with pytest.raises(RoundTimeoutError) as caught:
+                engine.collect(store)
+            assert str(caught.value) == (
+                f"aggregate of round {number}: expected one within 0.05 s, found none. Other leaves may be missing; raise "
+                "timeout_s, or pass wait=False or on_error='keep_local' to train on without"
+            )
+
+
+def test_a_leaf_that_waits_without_rounds_is_told_of_the_option_that_it_has(client: Client) -> None:
+    with pytest.raises(RoundTimeoutError) as caught:
+        client.wait_for_aggregation(0.01)
+    assert "aggregate: expected one within 0.01 s" in str(caught.value)
+    assert caught.value.fix == "Other leaves may be missing; wait longer, with a higher timeout_s"
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_weights_that_must_not_leave_are_named_as_the_model_names_them(
+    client: Client, sandbox: Sandbox, beside: bool
+) -> None:
+    engine, store = engine_of(client, wait=not beside), small_store()
+    store.arrays["bias"][1] = np.nan
+    if beside:
+        engine.submit(store, samples=1)
+        engine._uploader._thread.join(20)
+    half: Callable[[], Any] = (lambda: engine.collect(store)) if beside else lambda: engine.submit(store, samples=1)
+    with pytest.raises(ArchiveError, match=r"layer_1 \(bias\): expected finite numbers") as caught:
+        half()
+    assert caught.value.what == "layer_1 (bias)"
+    assert sandbox.hits("upload") == 0

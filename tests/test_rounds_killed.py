@@ -1,4 +1,4 @@
-"""A process that dies at any step and is started again: each round is counted once, and the weights are as if nothing was."""
+"""A process that dies and is started again, with and without a checkpoint: what it takes up, and what it does not."""
 
 from __future__ import annotations
 
@@ -21,12 +21,11 @@ from branchkey_integrations.journal import Journal
 from branchkey_integrations.options import RoundOptions
 from branchkey_integrations.rounds import RoundEngine
 from branchkey_integrations.sandbox import Answer, Sandbox
+from tests.support.rounds import swallow
 from tests.support.stores import NumpyStore, small_store
 
 QUICK = RetryPolicy(attempts=3, backoff_s=0.01, backoff_max_s=0.02, budget_s=2.0)
 ROUNDS = 3
-#: Steps that the training thread notes, in each round.
-STEPS = ("sending", "posted", "sent", "closed")
 
 
 class Killed(BaseException):
@@ -65,7 +64,7 @@ class Training:
     @contextmanager
     def engine(self, **options: Any) -> Iterator[RoundEngine]:
         credentials = self.sandbox.credentials[self.index].to_dict()
-        with Client(credentials, self.sandbox.url, retry=QUICK, timeout_s=5) as client:
+        with Client(credentials, self.sandbox.url, retry=QUICK, timeout_s=5, quarantine_dir=False) as client:
             given = {"timeout_s": 20.0, "journal": str(self.folder) if self.folder else False, **options}
             engine = RoundEngine(client, RoundOptions.of(**given))
             try:
@@ -114,25 +113,6 @@ def killing(monkeypatch: pytest.MonkeyPatch, step: str, number: int, before: boo
             raise Killed
 
     monkeypatch.setattr(Journal, step, noted)
-
-
-@pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize("number", [1, 2, 3])
-def test_a_kill_at_any_step_neither_sends_a_round_twice_nor_misses_its_aggregate(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: bytes, number: int, step: str, before: bool
-) -> None:
-    with federation(tmp_path) as (sandbox, training, finished):
-        # After "posted" the last bytes go out; that kill is tried on its own below.
-        killing(monkeypatch, "sent" if step == "posted" and not before else step, number, before or step == "posted")
-        with pytest.raises(Killed):
-            training.run()
-        assert training.run().image == undisturbed
-        assert finished().image == undisturbed
-        leaf = sandbox.credentials[0].id
-        rounds = [upload.metadata["custom"]["round"] for upload in sandbox.uploads if upload.leaf_id == leaf]
-        assert rounds == [1, 2, 3]
-        assert len(sandbox.aggregates) == ROUNDS
 
 
 def test_a_repeated_round_makes_no_request_for_an_upload(tmp_path: Path, undisturbed: bytes) -> None:
@@ -306,6 +286,9 @@ def test_a_journal_that_could_not_be_begun_is_not_taken_for_that_of_this_trainin
             assert (again.round, again.status, again.reason) == (2, "pending", "")
             assert engine.collect(store).status == "applied"
             assert store.arrays["weight"][0, 0] == 500.0
+            assert (
+                f'"announced","aggregation_id":"{sandbox.aggregates[-1]}"' in next(tmp_path.glob("*.jsonl")).read_text()
+            )
         assert len(sandbox.uploads) == 4
 
 
@@ -367,3 +350,49 @@ def test_an_unread_aggregate_does_not_take_the_place_of_a_newer_one(tmp_path: Pa
             engine.load_state_dict(state)
             assert engine.collect(store).aggregation_id == newer
             assert queue.empty()
+
+
+def test_an_open_round_of_a_checkpoint_is_noted_where_no_journal_knew_of_it(tmp_path: Path) -> None:
+    with Sandbox(leaves=2) as sandbox:
+        with Training(sandbox, 0, None).engine() as engine:
+            sent = engine.submit(small_store(4.0), samples=1)
+            state = json.loads(json.dumps(engine.state_dict()))
+        training = Training(sandbox, 0, tmp_path)
+        with training.engine() as engine:
+            engine.load_state_dict(state)
+            heard = sandbox.publish(small_store().read())
+            _wait(lambda: heard in (tmp_path / f"{engine.client.leaf_id}.jsonl").read_text())
+        # Killed once more, and started without the checkpoint: the journal alone knows by now.
+        with training.engine() as engine:
+            again = engine.submit(small_store(9.0), samples=1)
+        assert (again.round, again.upload_id) == (1, sent.upload_id)
+        assert again.uploaded_bytes == sent.uploaded_bytes > 0
+        assert "sent before the restart" in again.reason
+        assert sandbox.hits("upload") == 1
+
+
+def test_an_aggregate_that_was_refused_before_the_kill_is_not_fetched_again(tmp_path: Path) -> None:
+    def poisoned(call: Any) -> Answer:
+        sandbox.publish([np.full((2, 3), np.nan, "f4"), np.ones(3, "f4")])
+        return swallow(call)
+
+    with Sandbox(leaves=1) as sandbox:
+        training, store = Training(sandbox, 0, tmp_path), small_store()
+        with training.engine(on_error="keep_local") as engine:
+            before = engine.state_dict()
+            with sandbox.intercept("upload", poisoned):
+                engine.submit(store, samples=1)
+                sent = engine.state_dict()
+                assert engine.collect(store).status == "rejected"
+        hits = sandbox.hits("download")
+        with training.engine(on_error="keep_local") as engine:
+            engine.load_state_dict(sent)
+            assert not engine.pending
+        with training.engine(on_error="keep_local") as engine:
+            engine.load_state_dict(before)
+            again = engine.submit(store, samples=1)
+            assert again.status == "rejected"
+            assert f"aggregate {sandbox.aggregates[0]} was refused before the restart" in again.reason
+            assert not engine.pending
+        assert sandbox.hits("download") == hits
+        assert store.writes == 0

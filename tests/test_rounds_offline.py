@@ -18,7 +18,7 @@ from branchkey_integrations.background import Background
 from branchkey_integrations.errors import ApiError, UnreachableError
 from branchkey_integrations.sandbox import Answer, Sandbox
 from tests.support.offline import DOWN, leaf, waiting
-from tests.support.rounds import wait
+from tests.support.rounds import swallow, wait
 from tests.support.stores import small_store
 
 
@@ -76,6 +76,21 @@ def test_only_the_newest_update_is_sent_and_metrics_of_all_rounds(sandbox: Sandb
         assert len(sandbox.uploads) == 1
 
 
+def test_what_was_announced_before_an_update_could_be_sent_is_not_its_answer(sandbox: Sandbox, tmp_path: Path) -> None:
+    with leaf(sandbox, tmp_path, timeout_s=0.05) as engine:
+        with sandbox.intercept("upload", DOWN):
+            engine.submit(small_store(2.0), samples=1)
+            sandbox.publish(small_store(9.0).read())
+            client: Any = engine.client
+            wait(lambda: not client.queue.empty())
+        with sandbox.intercept("upload", swallow):
+            wait(lambda: waiting(tmp_path) == [])
+            engine._uploader._thread.join(20)
+        store = small_store()
+        assert engine.collect(store).status == "timeout"
+        assert store.writes == 0
+
+
 def test_a_newer_update_takes_the_place_of_the_one_that_waits(sandbox: Sandbox, tmp_path: Path) -> None:
     with leaf(sandbox, tmp_path) as engine:
         with sandbox.intercept("upload", DOWN):
@@ -85,6 +100,7 @@ def test_a_newer_update_takes_the_place_of_the_one_that_waits(sandbox: Sandbox, 
         sandbox.start()
         wait(lambda: engine.client.run_status == "start")
         engine.submit(small_store(2.0), samples=1)
+        assert not engine._uploader._thread.busy
         assert engine.collect(small_store()).status == "applied"
         values = [upload.layers[0][0, 0] for upload in sandbox.uploads]
         assert values[-1] == 2.0
@@ -104,6 +120,29 @@ def test_an_update_that_waited_when_the_process_ended_is_sent_by_the_next_one(sa
         sandbox.wait_for(lambda: sandbox.uploads)
         wait(lambda: engine.collect(store).status == "applied")
     assert [upload.metadata["custom"]["round"] for upload in sandbox.uploads] == [1]
+
+
+def test_a_checkpoint_does_not_take_up_the_update_of_another_round(sandbox: Sandbox, tmp_path: Path) -> None:
+    with sandbox.intercept("upload", DOWN):
+        with leaf(sandbox, tmp_path) as engine:
+            engine.submit(small_store(1.0), samples=1)
+            state = engine.state_dict()
+            engine.submit(small_store(2.0), samples=1)
+        with leaf(sandbox, tmp_path) as engine:
+            engine.load_state_dict(state)
+            assert not engine.pending
+            assert not engine._uploader._thread.busy
+
+
+def test_a_checkpoint_does_not_take_up_an_update_of_other_layers(sandbox: Sandbox, tmp_path: Path) -> None:
+    with sandbox.intercept("upload", DOWN):
+        with leaf(sandbox, tmp_path) as engine:
+            engine.submit(small_store(1.0), samples=1)
+            state = engine.state_dict()
+        with leaf(sandbox, tmp_path) as engine:
+            engine.load_state_dict({**state, "layout": "of another model", "layers": None})
+            assert not engine.pending
+            assert not engine._uploader._thread.busy
 
 
 def test_a_checkpoint_whose_update_is_gone_waits_for_nothing(sandbox: Sandbox, tmp_path: Path) -> None:
@@ -151,6 +190,48 @@ def test_an_upload_whose_answer_was_lost_does_not_wait_to_be_sent_again(sandbox:
         assert waiting(tmp_path) == []
         assert engine.collect(small_store()).status == "applied"
         assert sandbox.hits("upload") == 1
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_an_update_that_may_have_been_received_is_not_sent_by_the_next_process(
+    sandbox: Sandbox, tmp_path: Path, beside: bool
+) -> None:
+    def lost(call: Any) -> Answer:
+        call.proceed()
+        return Answer(502, b"<html>", "text/html")
+
+    store = small_store()
+    with leaf(sandbox, tmp_path, wait=not beside) as engine, sandbox.intercept("upload", lost):
+        start = engine.state_dict()
+        engine.submit(store, samples=1)
+        engine._uploader._thread.join(20)
+    with leaf(sandbox, tmp_path) as engine:
+        engine.load_state_dict(start)
+        again = engine.submit(store, samples=1)
+        assert (again.status, again.upload_id) == ("pending", None)
+        assert "may have been received before the restart; not sent again" in again.reason
+        assert engine.collect(store).aggregation_id == sandbox.aggregates[0]
+    assert sandbox.hits("upload") == 1
+
+
+def test_an_update_that_waited_and_may_have_been_received_is_not_sent_again_and_is_answered(
+    sandbox: Sandbox, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def lost(call: Any) -> Answer:
+        call.proceed()
+        return Answer(502, b"<html>", "text/html")
+
+    with leaf(sandbox, tmp_path) as engine:
+        with sandbox.intercept("upload", DOWN):
+            engine.submit(small_store(), samples=1)
+        with sandbox.intercept("upload", lost) as met:
+            wait(lambda: waiting(tmp_path) == [])
+            engine._uploader._thread.join(20)
+        assert met.count == 1
+        outcome = engine.collect(small_store())
+        assert "may have been received" in caplog.text
+        assert (outcome.status, outcome.aggregation_id) == ("applied", sandbox.aggregates[0])
+        assert len(sandbox.uploads) == 1
 
 
 def test_under_raise_nothing_waits(sandbox: Sandbox, tmp_path: Path) -> None:
@@ -241,12 +322,13 @@ def test_beside_training_an_update_waits_for_the_link_too(sandbox: Sandbox, tmp_
     store = small_store(5.0)
     with leaf(sandbox, tmp_path, wait=False) as engine:
         with sandbox.intercept("upload", DOWN) as met:
-            engine.submit(store, samples=1)
+            engine.submit(store, samples=1, metrics={"loss": 0.5})
             wait(lambda: met.count >= 2)
             assert engine.collect(store).status == "pending"
         sandbox.wait_for(lambda: sandbox.uploads)
         wait(lambda: engine.collect(store).status == "applied")
         wait(lambda: waiting(tmp_path) == [])
+        assert len(sandbox.metrics) == 1
 
 
 def test_background_work_hands_over_results_and_errors_once() -> None:

@@ -1,4 +1,4 @@
-"""``check``: connect as a leaf and say what works, a line each."""
+"""``check``: connect as a leaf and say what works: a line each on standard output, and each cause of a failure on the other."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ _RETRY = RetryPolicy(attempts=2, budget_s=5.0)
 def run_check(arguments: argparse.Namespace) -> int:
     """Check credentials, run, branch configuration and the notification channel; gives 1 when one of them failed.
 
-    A failure of one does not end the check of the others, so that all that is wrong is known at once.
+    A failure of one does not end the check of the others, so that all that is wrong is known at once. What a script reads is
+    on standard output: ``ok`` or ``failed``, the step, and for a failure the type of its error.
 
     Raises:
         CredentialsError, ConfigurationError: without them nothing can be tried.
@@ -34,14 +35,13 @@ def run_check(arguments: argparse.Namespace) -> int:
     transport = Transport(endpoint, credentials, verify=verify, timeout_s=arguments.timeout_s, retry=_RETRY)
     try:
         api = Api(transport, credentials)
-        results = [
-            _try("run", lambda: _run(api)),
-            _try("configuration", lambda: _configuration(api)),
-            _try("notifications", lambda: _notifications(arguments, credentials)),
-        ]
+        failures = _Failures()
+        failures.of("run", lambda: _run(api))
+        failures.of("configuration", lambda: _configuration(api))
+        failures.of("notifications", lambda: _notifications(arguments, credentials))
     finally:
         transport.close()
-    return 0 if all(results) else 1
+    return 1 if failures.found else 0
 
 
 def _run(api: Api) -> str:
@@ -72,15 +72,29 @@ def _notifications(arguments: argparse.Namespace, credentials: Credentials) -> s
         return f"ready over {client.notifications}"
 
 
-def _try(what: str, check: Callable[[], str]) -> bool:
-    try:
-        _good(what, check())
-    except BranchKeyError as error:
-        sys.stdout.flush()
-        print(f"error: {what}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
-        return False
-    return True
+class _Failures:
+    """Try step after step and tell how each ended; a cause that several share is told in full with the first of them."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[object, ...], str] = {}  # the step at which each cause was met first
+
+    def of(self, step: str, check: Callable[[], str]) -> None:
+        """Try one step, and report it at once: the next one may take as long as its deadline lets it."""
+        try:
+            _good(step, check())
+        except BranchKeyError as error:
+            # Without `what`, which is the request: a network that is down is one cause, whatever was asked for.
+            cause = (type(error), error.expected, error.found, error.fix)
+            first = self.found.setdefault(cause, step)
+            again = "" if first == step else f", as for {first}"
+            _say("failed", step, f"{type(error).__name__}{again}")
+            if first == step:
+                print(f"error: {step}: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
 
 
 def _good(what: str, found: str) -> None:
-    print(f"ok     {what + ':':<15} {found}", flush=True)
+    _say("ok", what, found)
+
+
+def _say(verdict: str, what: str, found: str) -> None:
+    print(f"{verdict:<7}{what + ':':<15} {found}", flush=True)

@@ -6,12 +6,14 @@ import copy
 import logging
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import keras
 
 from branchkey_integrations.errors import ConfigurationError
 from branchkey_integrations.keras.company import company_of, hazards, is_fit_of
+from branchkey_integrations.keras.connection import Absent, ClientSource, Connection
 from branchkey_integrations.keras.display import RoundDisplay
 from branchkey_integrations.keras.distribution import check_distribution, warn_of_cluster
 from branchkey_integrations.keras.optimizer import moments, reset_moments
@@ -19,7 +21,7 @@ from branchkey_integrations.keras.parameters import KerasParameters, check_model
 from branchkey_integrations.keras.resume import EpochStates, folder_beside_backup
 from branchkey_integrations.keras.samples import check_countable, counted
 from branchkey_integrations.options import RoundOptions
-from branchkey_integrations.outcome import LeafClient, RoundOutcome
+from branchkey_integrations.outcome import RoundOutcome
 from branchkey_integrations.parameters import Layout
 from branchkey_integrations.rounds import RoundEngine
 
@@ -39,11 +41,13 @@ class BranchKeyCallback(keras.callbacks.Callback):  # type: ignore[misc]  # kera
     Rounds show in the progress bar's line, in ``History`` and beside a ``TensorBoard`` callback: see
     :class:`~branchkey_integrations.keras.display.RoundDisplay`.
 
-    After an error inside ``fit`` Keras calls nobody: close the client yourself (``with Client(...) as client``). A copy
-    shares the client and starts at round 0; pickling is refused, because a connection cannot be sent.
+    After an error inside ``fit`` Keras calls nobody: close the client yourself (``with Client(...) as client``), or give a
+    function that makes it. A copy shares the client, or makes one with the same function, and starts at round 0; pickling is
+    refused, because a connection cannot be sent.
 
     Args:
-        client: an open client; it stays open.
+        client: an open client, which stays open; or a function without arguments that makes one. It is called when ``fit``
+            begins, and what it made is closed when ``fit`` ends; after an error, when the callback is given up or used again.
         options: those of :class:`~branchkey_integrations.options.RoundOptions`; ``progress=False`` keeps rounds
             out of progress bar and TensorBoard, not out of ``History``.
 
@@ -55,33 +59,28 @@ class BranchKeyCallback(keras.callbacks.Callback):  # type: ignore[misc]  # kera
         LayoutError: when ``fit`` starts, a model with nothing to train, or with other weights than in rounds before.
     """
 
-    def __init__(self, client: LeafClient, **options: Any) -> None:
+    def __init__(self, client: ClientSource, **options: Any) -> None:
         super().__init__()
-        if not hasattr(client, "upload"):
-            raise ConfigurationError(
-                what="client",
-                expected="a branchkey_integrations.Client",
-                found=type(client).__name__,
-                fix="Make it with branchkey_integrations.Client(credentials)",
-            )
+        self._connection = Connection(client)
         warn_of_cluster()
         self.options = RoundOptions.of(**options)
-        self._engine = RoundEngine(client, self.options)
+        self._engine = self._idle_engine(self._connection)
         self._samples = 0
         self._seen: int | None = 0  # None while an epoch's samples are still to be counted
         self._stopped = False
         self._layout: Layout | None = None
         self._display = RoundDisplay()
-        self._waited_s: float | None = None
         self._shown = False
         self._epochs: EpochStates | None = None
         self._begun = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BranchKeyCallback:
-        """Copy the options, not the run: the copy shares the open client, has no model, and starts at round 0."""
+        """Copy the options, not the run: the copy shares a client that was given, has no model, and starts at round 0."""
+        connection = self._connection.again()
         fresh = {
             "options": self.options,  # frozen
-            "_engine": RoundEngine(self._engine.client, self.options),
+            "_connection": connection,
+            "_engine": self._idle_engine(connection),
             "_display": RoundDisplay(),
             "_layout": None,
             "_epochs": None,
@@ -128,9 +127,9 @@ class BranchKeyCallback(keras.callbacks.Callback):  # type: ignore[misc]  # kera
         return self._engine.round
 
     @property
-    def leaf_id(self) -> str:
-        """Id of the leaf whose client this is."""
-        return self._engine.client.leaf_id
+    def leaf_id(self) -> str | None:
+        """Id of the leaf whose client this is; None while a function has still to make it."""
+        return self._engine.client.leaf_id or None
 
     def set_model(self, model: Any) -> None:
         """Take the model; a tf_keras model is told here, before its ``fit`` fails on something obscure."""
@@ -142,7 +141,14 @@ class BranchKeyCallback(keras.callbacks.Callback):  # type: ignore[misc]  # kera
         model = self.model
         self._samples, self._seen, self._stopped, self._begun = 0, 0, False, False
         check_distribution(model)
-        self._look_around(model)
+        try:
+            self._connect(model)
+            self._check(model)
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def _check(self, model: keras.Model) -> None:
         if model.weights or not model.trainable:
             # Without any it is a subclassed model, which Keras on TensorFlow builds with the first batch only; then the
             # first round checks it, before anything is sent.
@@ -156,7 +162,7 @@ class BranchKeyCallback(keras.callbacks.Callback):  # type: ignore[misc]  # kera
 
     def on_epoch_begin(self, epoch: int, logs: Mapping[str, Any] | None = None) -> None:
         """Load the aggregate of the epoch before."""
-        self._seen, self._waited_s, self._shown = None, None, False
+        self._seen, self._shown = None, False
         self._go_on_from(epoch)
         self._collect()
 
@@ -164,7 +170,7 @@ class BranchKeyCallback(keras.callbacks.Callback):  # type: ignore[misc]  # kera
         """Show the round when an epoch's first batch begins. Must not ask for ``self.model``: on JAX that costs a sync."""
         if not self._shown and not self._stopped:
             self._shown = True
-            self._display.epoch_starts(self.round + 1, self._waited_s)
+            self._display.epoch_starts(self.last_outcome)
 
     def on_test_begin(self, logs: Mapping[str, Any] | None = None) -> None:
         """Count what was trained on, because validation is about to reset the metrics."""
@@ -199,6 +205,7 @@ class BranchKeyCallback(keras.callbacks.Callback):  # type: ignore[misc]  # kera
         self._go_on_from(None)
         self._collect()
         self._engine.close()
+        self._connection.close()
         self._display.fit_ends()
 
     @property
@@ -214,7 +221,6 @@ class BranchKeyCallback(keras.callbacks.Callback):  # type: ignore[misc]  # kera
         model = self.model
         store = self._store(model)
         outcome = self._noted(lambda: self._engine.collect(store), self._display.round_goes_on)
-        self._waited_s = outcome.waited_s
         if outcome.status == "applied" and self.options.optimizer_state == "reset":
             reset_moments(model.optimizer)
         self._heed(model, outcome)
@@ -238,6 +244,24 @@ class BranchKeyCallback(keras.callbacks.Callback):  # type: ignore[misc]  # kera
         if self._epochs is not None:
             self._epochs.put(epoch + 1, {"rounds": self._engine.state_dict(), "samples": self._samples})
 
+    def _idle_engine(self, connection: Connection) -> RoundEngine:
+        client = connection.client
+        # Without a client there is no leaf whose rounds could be noted.
+        return RoundEngine(client, replace(self.options, journal=False) if isinstance(client, Absent) else self.options)
+
+    def _connect(self, model: keras.Model) -> None:
+        """Make the client where a function makes it, and go on with the rounds that were made through the one before."""
+        known, client = self._engine, self._connection.open()
+        if client is known.client:
+            self._look_around(model)
+            return
+        known.close()
+        self._engine = RoundEngine(client, self.options)
+        self._look_around(model)
+        if known.round:
+            self._engine.load_state_dict(known.state_dict())
+        self._engine.history.extend(known.history)
+
     def _look_around(self, model: keras.Model) -> None:
         """Warn of callbacks in the wrong order, and find out where to show rounds."""
         company = company_of(self)
@@ -252,7 +276,7 @@ class BranchKeyCallback(keras.callbacks.Callback):  # type: ignore[misc]  # kera
         folder = self.options.journal if self.options.journal is not None else folder_beside_backup(company)
         if folder and folder is not True:
             self._engine.note_in(os.fspath(folder))
-            self._epochs = EpochStates(os.fspath(folder), self.leaf_id)
+            self._epochs = EpochStates(os.fspath(folder), self._engine.client.leaf_id)
         for hazard in hazards(self, company, model.optimizer):
             _log.warning("%s", hazard)
         # Names that several share would mix their rounds, so the first alone is shown.
@@ -261,11 +285,11 @@ class BranchKeyCallback(keras.callbacks.Callback):  # type: ignore[misc]  # kera
 
     def _noted(self, half: Callable[[], RoundOutcome], enter: Callable[[RoundOutcome], None]) -> RoundOutcome:
         """Make half a round and enter its outcome where it is shown, also when it ends in an error."""
-        known = len(self._engine.history)
+        known = self._engine.history.total
         try:
             return half()
         finally:
-            for outcome in self._engine.history[known:]:
+            for outcome in self._engine.history.since(known):
                 enter(outcome)
 
     def _heed(self, model: keras.Model, outcome: RoundOutcome) -> None:

@@ -34,14 +34,16 @@ class RoundDisplay:
         self._rounds: dict[int, tuple[int, int, str]] = {}  # its epoch, its place in the lists of History, its status
         self._length = 0
 
-    def epoch_starts(self, round_number: int, waited_s: float | None) -> None:
-        """Put the round that this epoch works for into its progress bar.
+    def epoch_starts(self, last: RoundOutcome | None) -> None:
+        """Put the newest round, and how long the leaf waited for its aggregate, into an epoch's progress bar.
 
         To be called when the epoch's first batch starts: before, the bar does not exist.
         """
-        values: list[tuple[str, float]] = [("bk_round", _Whole(round_number))]
-        if waited_s is not None:
-            values.append(("bk_wait_s", waited_s))
+        if last is None or not last.round:
+            return
+        values = [("bk_round", _Figure(last.round, ".0f"))]
+        if last.status != "pending":
+            values.append(("bk_wait_s", _Figure(last.waited_s, ".1f")))
         for logger in self._bars:
             bar = logger.progbar
             if bar is None:
@@ -110,11 +112,18 @@ class RoundDisplay:
                     summary.scalar(name, value, step=epoch)
 
 
-class _Whole(float):
-    """A number that the progress bar shows as 3, not as 3.0000: the bar divides, then formats with its own digits."""
+class _Figure(float):
+    """A number that the progress bar shows as 3 and 0.0, not as 3.0000 and 1.5e-04: it divides, then formats as it likes."""
 
-    def __truediv__(self, other: float) -> _Whole:
-        return _Whole(super().__truediv__(other))
+    def __new__(cls, value: float, form: str) -> _Figure:
+        made = super().__new__(cls, value)
+        made._form = form
+        return made
+
+    _form: str
+
+    def __truediv__(self, other: float) -> _Figure:
+        return _Figure(super().__truediv__(other), self._form)
 
     def __format__(self, spec: str) -> str:
-        return str(int(self))
+        return format(float(self), self._form)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 
+from branchkey_integrations.archive import Archive
 from branchkey_integrations.errors import ConfigurationError, LayoutError
+from branchkey_integrations.in_place import load_in_place
 from branchkey_integrations.parameters import LayerSpec, Layout, Selection, Selector, headers_of
 
 #: Types that numpy lacks; float32 holds each of their values exactly.
@@ -67,22 +70,44 @@ class KerasParameters:
         """
         return [_copy(variable) for _, variable in self._select()]
 
+    def view(self) -> list[LiveWeight]:
+        """Give the selected weights as :meth:`read` does, but each when it is written, so that one is in memory at a time.
+
+        They must not change until whoever got them is done.
+
+        Raises:
+            LayoutError, ConfigurationError: as :meth:`layout`.
+        """
+        return [LiveWeight(variable) for _, variable in self._select()]
+
     def write(self, arrays: Sequence[np.ndarray]) -> None:
         """Assign ``arrays`` to the weights: all of them, or none and an error.
 
         Everything is decoded, checked and converted before the first weight is touched; a failure after that, an
-        interrupt included, is undone before it is raised. Needs the size of the model twice in memory.
+        interrupt included, is undone before it is raised. Needs the size of the model twice in memory. An archive that
+        nobody else can change (the client's) is checked and then assigned in the memory of one layer; an interrupt waits
+        until it is in.
 
         Args:
             arrays: one numpy array a layer, of the layer's shape; any real type and byte order. May be lazy (an archive).
 
         Raises:
             LayoutError: count, shape, dtype or range does not fit.
+            MixedModelError: the disk failed while an archive was assigned layer by layer.
         """
         selected = self._select()
         layout = _layout(selected)
+        if isinstance(arrays, Archive) and arrays.private:
+
+            def fill(index: int) -> None:
+                selected[index][1].assign(_converted(layout, index, arrays[index]))
+
+            # In order and in this thread: a distribution strategy is a matter of the thread that entered it.
+            load_in_place(layout, arrays, fill, alone=True)
+            return
         layout.check_headers(headers_of(arrays))
-        staged = [_stage(layout, index, arrays[index]) for index in range(len(selected))]
+        # Copied, for whoever gave them may go on to use them, and JAX may show the memory it was given.
+        staged = [np.array(_converted(layout, index, arrays[index])) for index in range(len(selected))]
         variables = [variable for _, variable in selected]
         done: list[tuple[Any, np.ndarray]] = []
         try:
@@ -110,6 +135,33 @@ class KerasParameters:
         ]
         self._selector.require_some(len(chosen), [variable.path for _, variable in found])
         return chosen
+
+
+class LiveWeight:
+    """Give a live weight's values when they are asked for (a ``LayerStream``).
+
+    Args:
+        variable: must not change until the pieces are used up.
+    """
+
+    def __init__(self, variable: Any) -> None:
+        self.shape = tuple(int(size) for size in variable.shape)
+        self.dtype = _numpy_dtype(_dtype(variable))
+        self.nbytes = math.prod(self.shape) * self.dtype.itemsize
+        self._variable = variable
+
+    def pieces(self, items: int) -> Iterator[np.ndarray]:
+        """Give the values in C order as flat arrays of at most ``items``."""
+        # Most backends show their own memory here; those that copy, copy one weight.
+        flat = np.asarray(keras.ops.convert_to_numpy(self._variable.value)).reshape(-1)
+        for start in range(0, flat.size, items):
+            yield flat[start : start + items].astype(self.dtype, copy=False)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Give all values as an array of their own."""
+        del copy  # it is one in any case
+        values = _copy(self._variable)
+        return values if dtype is None else values.astype(dtype, copy=False)
 
 
 def check_model(model: object) -> None:
@@ -184,10 +236,14 @@ def _copy(variable: Any) -> np.ndarray:
     """Copy a weight out; what Keras gives may be a view of the live weight on some backend or version."""
     dtype = _dtype(variable)
     value = keras.ops.convert_to_numpy(variable.value)
-    return np.array(value, dtype=np.float32 if dtype in _WIDENED else dtype, order="C", copy=True)
+    return np.array(value, dtype=_numpy_dtype(dtype), order="C", copy=True)
 
 
-def _stage(layout: Layout, index: int, array: np.ndarray) -> np.ndarray:
+def _numpy_dtype(dtype: str) -> np.dtype[Any]:
+    return np.dtype(np.float32 if dtype in _WIDENED else dtype)
+
+
+def _converted(layout: Layout, index: int, array: np.ndarray) -> np.ndarray:
     """Convert one layer to the weight's type (float32 for those that numpy lacks), native byte order, C order."""
     spec = layout.layers[index]
     # A lazy sequence decodes here; what comes out is held to its header, because assigning is no place to find out.
@@ -200,4 +256,4 @@ def _stage(layout: Layout, index: int, array: np.ndarray) -> np.ndarray:
         )
     layout.check_range(index, array)
     with np.errstate(all="ignore"):  # losing digits is what a narrower type means, whatever np.seterr() was told
-        return np.array(array, dtype=np.float32 if spec.dtype in _WIDENED else spec.dtype, order="C", copy=True)
+        return np.asarray(array, dtype=_numpy_dtype(spec.dtype), order="C")

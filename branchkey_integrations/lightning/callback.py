@@ -23,7 +23,7 @@ from branchkey_integrations.lightning.strategies import (
     require_served,
 )
 from branchkey_integrations.options import RoundOptions
-from branchkey_integrations.outcome import RoundOutcome
+from branchkey_integrations.outcome import History, RoundOutcome
 from branchkey_integrations.torch import BranchKeyHook
 from branchkey_integrations.torch.hook import ClientSource
 
@@ -59,9 +59,8 @@ class BranchKeyCallback(_Flavours):
     Callbacks and loggers hear nothing of such a validation, and training goes on as if there had been none.
 
     Loggers get ``branchkey/round``, ``branchkey/wait_s``, ``branchkey/uploaded_mb`` and ``branchkey/status`` (a number,
-    see :data:`STATUS_CODES`) for each round, and the progress bar ``bk_round``, ``bk`` (the verdict, or for how long the leaf
-    has been waiting), ``bk_mb`` and ``bk_wait``. A stopped run stops the Trainer, as soon as ``min_epochs`` and ``min_steps``
-    let it.
+    see :data:`STATUS_CODES`) for each round, with its ``epoch``, and the progress bar ``bk``: ``3 waiting 12s``,
+    ``3 applied 0.5s``. A stopped run stops the Trainer, as soon as ``min_epochs`` and ``min_steps`` let it.
 
     Args:
         client: an open client, or a function without arguments that makes one.
@@ -98,7 +97,7 @@ class BranchKeyCallback(_Flavours):
             )
         self.options = RoundOptions.of(**options)
         self.evaluate_aggregate = evaluate_aggregate
-        self.history: list[RoundOutcome] = []
+        self.history = History()
         self._client = client
         self._process = os.getpid()
         self._given = options
@@ -321,26 +320,26 @@ class BranchKeyCallback(_Flavours):
         scores = validate(trainer, module)
         figures = {f"aggregate/{name}": value for name, value in scores.items()}
         trainer.callback_metrics.update({f"{self._shown.prefix}/{name}": value for name, value in figures.items()})
-        self._shown.figures(trainer, {name: float(value) for name, value in figures.items()})
+        self._shown.figures(trainer, {name: float(value) for name, value in figures.items()}, self._epoch)
         hook.report(scores, mode="test")
         self._checkpoints.save_aggregate(trainer, module)
 
     def _noted(self, half: Any) -> RoundOutcome:
         hook = self._hook
         assert hook is not None  # noqa: S101  callers looked
-        known = len(hook.history)
+        known = hook.history.total
         try:
             outcome: RoundOutcome = half(hook)
             return outcome
         finally:
-            self.history.extend(hook.history[known:])
+            self.history.extend(hook.history.since(known))
 
     def _tell(self, trainer: Any, module: Any, outcome: RoundOutcome) -> None:
         """Let loggers, progress bar and Trainer know how a round ended; on every rank."""
         if outcome.status == "stopped":
             tell_stopped(trainer)
             trainer.should_stop = True
-        self._shown.outcome(trainer, module, outcome)
+        self._shown.outcome(trainer, module, outcome, self._epoch)
 
     # --- checkpoints and copies --------------------------------------------------------------------------------------
 

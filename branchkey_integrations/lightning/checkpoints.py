@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -83,7 +84,12 @@ class Checkpoints:
         """Put off the saves of ``hook`` that would tell an untruth; call it in that hook, which comes before theirs."""
         for each in self._local:
             _give_back(each, hook)
-            if not _saves(each, trainer, hook):
+            by_time = hook == "on_train_batch_end" and each._train_time_interval is not None
+            if by_time and not _time_is_up(each, trainer):
+                # Its own clock may say otherwise a moment later.
+                setattr(each, hook, _nothing)
+                continue
+            if not by_time and not _saves(each, trainer, hook):
                 continue
             score = trainer.callback_metrics.get(each.monitor)
             if score is not None:
@@ -98,6 +104,8 @@ class Checkpoints:
                 # Lightning knows what to do where there is none yet; or the module logs it in this very hook, after us.
                 continue
             setattr(each, hook, _nothing)
+            if by_time:
+                each._last_time_checked = time.monotonic()
             if not self._told:
                 self._told = True
                 _log.warning(
@@ -175,6 +183,14 @@ def _saves(checkpoint: Any, trainer: Any, hook: str) -> bool:
         and (trainer.current_epoch + 1) % epochs == 0
         and checkpoint._should_save_on_train_epoch_end(trainer)
     )
+
+
+def _time_is_up(checkpoint: Any, trainer: Any) -> bool:
+    """Tell whether ``checkpoint`` is to save now by its ``train_time_interval``; collective, since clocks differ."""
+    before = checkpoint._last_time_checked
+    interval_s = checkpoint._train_time_interval.total_seconds()
+    up = before is not None and time.monotonic() - before >= interval_s
+    return bool(trainer.strategy.broadcast(up)) and checkpoint._last_global_step_saved != trainer.global_step
 
 
 def _require_possible(checkpoint: Any, *, evaluates: bool, averages: bool) -> None:

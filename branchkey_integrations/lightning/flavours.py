@@ -42,7 +42,7 @@ def installed_bases() -> tuple[type, ...]:
     if not found:
         raise MissingDependencyError(
             what="branchkey_integrations.lightning",
-            expected="lightning or pytorch-lightning, 2.2 or newer",
+            expected="lightning or pytorch-lightning, 2.4 or newer",
             found="; ".join(problems),
             fix="Install it with: pip install 'branchkey-integrations[lightning]'",
         )

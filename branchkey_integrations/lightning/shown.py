@@ -27,8 +27,8 @@ _Paint = Callable[[Mapping[str, Any]], None]
 class Shown:
     """Show the rounds of one callback. Holds nothing but what it was given.
 
-    The progress bar gets the fields ``bk_round``, ``bk`` (the verdict, and while the leaf waits for how long it has),
-    ``bk_mb`` (sent) and ``bk_wait``; texts all of them, because a bar would show numbers with three decimals.
+    The progress bar gets one field, ``bk``, since a terminal has 80 columns: the round's number and how it stands, as in
+    ``3 sent``, ``3 waiting 12s``, ``3 applied 0.5s`` (the seconds that the leaf waited).
 
     Args:
         name: tells several callbacks apart; None if there is one.
@@ -46,7 +46,7 @@ class Shown:
         if not trainer.is_global_zero or self._progress is False:
             yield
             return
-        paint = self._painter(trainer, module, self._field, **{f"{self._field}_round": str(number)})
+        paint = self._painter(trainer, module, number)
         if paint is None and not _log.isEnabledFor(logging.INFO):
             # A thread that nobody sees anything of would cost more than all else that an epoch does here.
             yield
@@ -66,16 +66,16 @@ class Shown:
         while not over.wait(_TICK_S):
             waited = time.monotonic() - started
             if paint is not None:
-                paint(f"waiting {waited:.0f} s")
+                paint(f"{number} waiting {waited:.0f}s")
             elif waited - told >= _LINE_EVERY_S:
                 told = waited
                 _log.info("%s: round %d waits for its aggregate since %.0f s", self.prefix, number, waited)
 
-    def _painter(self, trainer: Any, module: Any, live: str, **fields: str) -> Callable[[str], None] | None:
-        """Give a function that shows a text in the field ``live`` of a bar on a terminal; None: there is no such bar."""
+    def _painter(self, trainer: Any, module: Any, number: int) -> Callable[[str], None] | None:
+        """Give a function that shows a text in our field of a bar on a terminal; None: there is no such bar."""
         bar = self._bar(trainer)
         paint = _paint(bar) if self._progress or _on_terminal() else None
-        self._set(trainer, **{live: "waiting", **fields})
+        self._set(trainer, f"{number} waiting")
         if paint is None:
             return None
         # Asked for here, since the metrics of a step may have to be gathered from all ranks, and never by another thread.
@@ -84,18 +84,18 @@ class Shown:
 
         def show(text: str) -> None:
             # Who took the field out of the bar's metrics does not want to see it.
-            if live in metrics:
-                paint({**metrics, live: text})
+            if self._field in metrics:
+                paint({**metrics, self._field: text})
 
         return show
 
     def sent(self, trainer: Any, outcome: RoundOutcome) -> None:
         """Show that an update is under way."""
         if self._progress is not False:
-            self._set(trainer, **self._fields(outcome, "sent"))
+            self._set(trainer, f"{outcome.round} sent")
 
-    def outcome(self, trainer: Any, module: Any, outcome: RoundOutcome) -> None:
-        """Show how a round ended. Every rank calls it; loggers and bars know themselves who writes."""
+    def outcome(self, trainer: Any, module: Any, outcome: RoundOutcome, epoch: int) -> None:
+        """Show how a round ended, of what ``epoch`` trained. Every rank calls it; loggers and bars know who writes."""
         line = (
             f"{self.prefix}: round {outcome.round} {outcome.status}, {outcome.uploaded_bytes / 1e6:.3g} MB sent, "
             f"{outcome.waited_s:.1f} s waited"
@@ -112,8 +112,10 @@ class Shown:
                 "uploaded_mb": outcome.uploaded_bytes / 1e6,
                 "status": float(STATUS_CODES[outcome.status]),
             },
+            epoch,
         )
-        self._set(trainer, **self._fields(outcome, outcome.status))
+        waited = "" if outcome.status == "pending" else f" {_brief(outcome.waited_s)}"
+        self._set(trainer, f"{outcome.round} {outcome.status}{waited}")
         bar = self._bar(trainer)
         if bar is None or not trainer.is_global_zero:
             return
@@ -123,33 +125,29 @@ class Shown:
         if self._progress and not _on_terminal():
             bar.print(line)
 
-    def figures(self, trainer: Any, figures: Mapping[str, float]) -> None:
-        """Write figures to the loggers, under the step that Lightning itself writes at this moment."""
-        named = {f"{self.prefix}/{name}": value for name, value in figures.items()}
+    def figures(self, trainer: Any, figures: Mapping[str, float], epoch: int) -> None:
+        """Write figures to the loggers, under the step and with the ``epoch`` of Lightning's own row for that epoch."""
+        named = {"epoch": epoch, **{f"{self.prefix}/{name}": value for name, value in figures.items()}}
         for logger in trainer.loggers:
             logger.log_metrics(named, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
-    def _fields(self, outcome: RoundOutcome, verdict: str) -> dict[str, str]:
-        fields = {
-            f"{self._field}_round": str(outcome.round),
-            self._field: verdict,
-            f"{self._field}_mb": f"{outcome.uploaded_bytes / 1e6:.3g}",
-        }
-        if outcome.status != "pending":
-            fields[f"{self._field}_wait"] = f"{outcome.waited_s:.1f}s"
-        return fields
-
-    def _set(self, trainer: Any, **fields: str) -> None:
+    def _set(self, trainer: Any, text: str) -> None:
         if self._bar(trainer) is not None:
-            trainer.progress_bar_metrics.update(fields)
+            trainer.progress_bar_metrics[self._field] = text
 
     def _bar(self, trainer: Any) -> Any:
         return None if self._progress is False else trainer.progress_bar_callback
 
 
 def _on_terminal() -> bool:
-    # Bars write to standard output; a notebook is no terminal, but redraws its bars all the same.
-    return sys.stdout.isatty() or "ipykernel" in sys.modules
+    # Bars write to standard output; a notebook is no terminal, but redraws its bars all the same. What Rich puts in the place
+    # of standard output while it draws a bar denies being a terminal before Rich 14.1.
+    out = getattr(sys.stdout, "rich_proxied_file", sys.stdout)
+    return out.isatty() or "ipykernel" in sys.modules
+
+
+def _brief(seconds: float) -> str:
+    return f"{seconds:.1f}s" if seconds < 10 else f"{seconds:.0f}s"
 
 
 def tell_stopped(trainer: Any) -> None:

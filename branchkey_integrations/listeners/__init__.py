@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from branchkey_integrations.redaction import Secret
+
 __all__ = ["Listener", "Ticket"]
 
 
@@ -18,6 +20,10 @@ class Ticket:
 
     ticket_id: str = field(repr=False)
     request_id: str
+
+    def __post_init__(self) -> None:
+        # Whoever holds both can listen in the leaf's place, until they are used.
+        object.__setattr__(self, "ticket_id", Secret(self.ticket_id))
 
 
 class Listener(Protocol):

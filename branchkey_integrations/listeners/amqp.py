@@ -20,7 +20,6 @@ from branchkey_integrations.listeners.dial import connection_error, tls_context
 _HEARTBEAT_S = 30
 _CONNECT_S = 10.0
 _HANDSHAKE_S = 15.0
-_BLOCKED_S = 300.0
 
 
 class AmqpListener(ThreadedListener):
@@ -62,6 +61,7 @@ class AmqpListener(ThreadedListener):
         self._credentials = credentials
         self._host = host
         self._port = port
+        self._tls = None  # so that a repr works where the next line fails
         self._tls = tls_context(verify) if tls else None
 
     @property
@@ -84,7 +84,9 @@ class AmqpListener(ThreadedListener):
             virtual_host=leaf.tree_id,
             credentials=pika.PlainCredentials(leaf.id, leaf.session_token),
             heartbeat=_HEARTBEAT_S,
-            blocked_connection_timeout=_BLOCKED_S,
+            # A broker short of memory or disk blocks who publishes. A leaf does not, and goes on hearing meanwhile;
+            # whether the broker lives is for the heartbeat to say.
+            blocked_connection_timeout=None,
             socket_timeout=_CONNECT_S,
             stack_timeout=_HANDSHAKE_S,
             connection_attempts=1,
@@ -126,9 +128,9 @@ class AmqpListener(ThreadedListener):
         if isinstance(reason, pika.exceptions.AMQPError):
             return UnreachableError(
                 what=what,
-                expected="a login",
+                expected="a queue that can be read to its end" if link.opened else "a login",
                 found=_short(reason),
-                fix="Check that the port is the broker's; with TLS it is another one",
+                fix="Try again" if link.opened else "Check that the port is the broker's; with TLS it is another one",
             )
         return connection_error(what, self._peer, reason)
 

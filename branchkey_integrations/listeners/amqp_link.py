@@ -8,6 +8,7 @@ import os
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -206,7 +207,10 @@ class AmqpLink:
 
     def _consume(self) -> None:
         self._channel.basic_qos(prefetch_count=_PREFETCH)
-        self._channel.basic_consume(self._queue, self._on_message, callback=self._on_consuming)
+        # A broker may take minutes to see that an earlier connection of this leaf is dead, and would go on dealing half of
+        # the messages to it. The consumer that came last goes first. Brokers without priorities pay no heed.
+        priority = {"x-priority": int(time.time())}
+        self._channel.basic_consume(self._queue, self._on_message, arguments=priority, callback=self._on_consuming)
 
     def _on_consuming(self, _frame: Any) -> None:
         self._check_drained()

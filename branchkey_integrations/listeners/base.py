@@ -18,6 +18,7 @@ from branchkey_integrations.errors import (
     NotificationError,
     TLSError,
     UnreachableError,
+    shown,
 )
 from branchkey_integrations.events import Notification, UnknownNotification, parse_notification
 
@@ -187,7 +188,7 @@ class ThreadedListener(ABC):
             pause = pause_s(self._retry, failures)
             # One warning an outage; an overnight one must not fill the log.
             level = logging.WARNING if failures == 1 else logging.INFO
-            found = reason.found or reason if isinstance(reason, BranchKeyError) else reason
+            found = shown(str(reason.found or reason if isinstance(reason, BranchKeyError) else reason))
             logger.log(
                 level, "%s: no notifications from %s (%s); trying again in %.1f s", self.name, self._peer, found, pause
             )

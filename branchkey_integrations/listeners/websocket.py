@@ -23,6 +23,7 @@ from branchkey_integrations.listeners.base import LostError, OnEvent, OnFailure,
 from branchkey_integrations.listeners.dial import connection_error, dial, emergency_exit, shut_down, tls_context
 from branchkey_integrations.listeners.proxy import proxy_for, split, tunnel
 from branchkey_integrations.listeners.tls_socket import SharedTLSSocket
+from branchkey_integrations.redaction import Secret, hidden_values
 
 _PATH = "/api/v1/ws"
 _OPEN_S = 10.0
@@ -30,6 +31,7 @@ _FAREWELL_S = 0.8
 #: A notification is two short strings. Larger ones are junk, but junk should not cost the connection either.
 _MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 _OLDEST_MAJOR = 15
+_UNAUTHORIZED = 401
 #: Round trips in a row in which nothing came, before the listener counts as ready, and the least time for each, in seconds.
 #: One would not do: servers answer a ping while they still write what they keep for a leaf that comes late.
 _QUIET_ROUNDS = 2
@@ -93,17 +95,19 @@ class WebSocketListener(ThreadedListener):
         retry: RetryPolicy | None = None,
         ping_interval_s: float = 30.0,
     ) -> None:
+        self._credentials = credentials
+        self._endpoint = endpoint
         super().__init__(on_event, on_failure, retry)
         check_seconds("ping_interval_s", ping_interval_s)
         self._websockets = _load_websockets()
-        self._credentials = credentials
-        self._endpoint = endpoint
         self._ticket = ticket
         self._tls = tls_context(verify) if endpoint.scheme == "https" else None
         if self._tls is not None:
             self._tls.sslsocket_class = SharedTLSSocket
-        self._proxies = proxies
+        self._proxies = hidden_values(proxies) if proxies else None
         self._ping_interval_s = ping_interval_s
+        #: Status of the upgrade that was refused last.
+        self._refused_with: int | None = None
         proxy = proxy_for(endpoint, proxies)
         if proxy is not None:
             split(proxy)
@@ -120,16 +124,30 @@ class WebSocketListener(ThreadedListener):
         return f"WebSocketListener({self._credentials.id!r}, {self._peer!r})"
 
     def _listen(self) -> None:
+        try:
+            self._listen_once()
+        except NotificationError:
+            # A ticket that ran out on its way says nothing of the leaf. Later on it is tried again in any case.
+            if self._ready_once or self._refused_with != _UNAUTHORIZED or self._stop.is_set():
+                raise
+            self._listen_once()
+
+    def _listen_once(self) -> None:
+        self._refused_with = None
         ticket = self._ticket()
         query = urlencode({"ticket": ticket.ticket_id, "request_id": ticket.request_id}, quote_via=quote, safe="")
+        url = Secret(f"{self._endpoint.websocket_url(_PATH)}?{query}")
+        del query  # a traceback through here may be printed with local variables
         try:
-            with self._connection(f"{self._endpoint.websocket_url(_PATH)}?{query}") as websocket:
-                self._converse(websocket)
+            with self._connection(url) as websocket:
+                if websocket is not None:
+                    self._converse(websocket)
         finally:
             self._interruptible(None)
 
     @contextlib.contextmanager
     def _connection(self, url: str) -> Iterator[Any]:
+        """Open a WebSocket for the block; None where the listener was closed meanwhile."""
         with contextlib.ExitStack() as stack:
             try:
                 websocket = self._open(url, stack)
@@ -138,8 +156,7 @@ class WebSocketListener(ThreadedListener):
                     raise
                 # Foreign errors quote the URL, and the ticket in it: neither they nor their context may be shown.
                 raise self._refused_upgrade(error) from None
-            if websocket is not None:
-                yield websocket
+            yield websocket
 
     def _open(self, url: str, stack: contextlib.ExitStack) -> Any:
         proxy = proxy_for(self._endpoint, self._proxies)
@@ -191,7 +208,7 @@ class WebSocketListener(ThreadedListener):
     def _refused_upgrade(self, error: Exception) -> BranchKeyError:
         exceptions = self._websockets.exceptions
         if isinstance(error, exceptions.InvalidStatus):
-            status = error.response.status_code
+            status = self._refused_with = error.response.status_code
             if 400 <= status < 500 and status not in (408, 425, 429):
                 return NotificationError(
                     what=self._what,

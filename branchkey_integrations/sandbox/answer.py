@@ -32,9 +32,9 @@ class Answer:
     """
 
     status: int
-    body: Union[bytes, os.PathLike[str]] = b""
+    body: Union[bytes, os.PathLike[str]] = field(default=b"", repr=False)  # it, or a header, may hold a signed link
     content_type: str = "application/json"
-    headers: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     cut_after_bytes: int | None = None
 
     @classmethod

@@ -55,7 +55,7 @@ class Call:
     number: int
     method: str
     path: str
-    query: str
+    query: str = field(repr=False)  # it may hold a signature or a ticket
     headers: Mapping[str, str] = field(repr=False)
     closing: threading.Event = field(repr=False)
     _proceed: Callable[[], Answer | None] = field(repr=False)

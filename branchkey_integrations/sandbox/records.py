@@ -36,6 +36,10 @@ class Upload:
     size_bytes: int
     path: str
 
+    def __getstate__(self) -> dict[str, Any]:
+        headers = {name: value for name, value in self.headers.items() if name != "authorization"}
+        return {**vars(self), "headers": headers}
+
     @property
     def layers(self) -> list[np.ndarray[Any, Any]]:
         """The layers in order, read from disk at each access."""

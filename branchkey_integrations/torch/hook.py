@@ -21,7 +21,7 @@ from branchkey_integrations.errors import (
     WeightingError,
 )
 from branchkey_integrations.options import RoundOptions, finite_metrics
-from branchkey_integrations.outcome import LeafClient, RoundOutcome
+from branchkey_integrations.outcome import History, LeafClient, RoundOutcome
 from branchkey_integrations.rounds import RoundEngine
 from branchkey_integrations.torch.attentive import Attentive
 from branchkey_integrations.torch.distributed import Coordinator
@@ -78,7 +78,7 @@ class BranchKeyHook:
         self._calls = 0
         self._closed = False
         self._owned: Client | LeafClient | None = None
-        self.history: list[RoundOutcome] = []
+        self.history = History()
         # Each part may fail on one rank alone; the others must hear of it before they wait for that rank.
         self._coordinator.agree(lambda: self._choose(options))
         self._coordinator.agree(lambda: self._check(model, optimizer))
@@ -206,8 +206,11 @@ class BranchKeyHook:
         """Refuse further rounds, and close the client if the hook made it. May be repeated."""
         self._closed = True
         self._engine.close()
+        self._release()
+
+    def _release(self) -> None:
         owned, self._owned = self._owned, None
-        if owned is not None:
+        if hasattr(owned, "close"):
             cast(Client, owned).close()
 
     def __enter__(self) -> BranchKeyHook:
@@ -257,7 +260,14 @@ class BranchKeyHook:
             engines.append(RoundEngine(leaf, self._judging_together()))
             return leaf.leaf_id, leaf.branch_id
 
-        leaf_id, branch_id = self._coordinator.run_on_main(make)
+        try:
+            leaf_id, branch_id = self._coordinator.run_on_main(make)
+        except BaseException:
+            # Nobody gets a hook to close, and what failed may have done so after the client was made.
+            for engine in engines:
+                engine.close()
+            self._release()
+            raise
         if engines:
             return engines[0]
         if hasattr(source, "upload") and not isinstance(source, type):
@@ -345,11 +355,11 @@ class BranchKeyHook:
         """Do half a round on rank 0 and let every rank know how it ended, error included, and how things stand now."""
 
         def judged() -> tuple[RoundOutcome | None, BranchKeyError | None, dict[str, Any]]:
-            known = len(self._engine.history)
+            known = self._engine.history.total
             try:
                 return work(), None, self._engine.state_dict()
             except BranchKeyError as error:
-                new = self._engine.history[known:]
+                new = self._engine.history.since(known)
                 return (new[-1] if new else None), error, self._engine.state_dict()
 
         sharded = self._store if isinstance(self._store, ShardedParameters) else None

@@ -27,6 +27,8 @@ class RankLost(RuntimeError):
 class Lifeline:
     """Give a sign of life at intervals while the block runs, and do what is asked for in between; then leave no thread.
 
+    An interrupt while the block is left is raised when the thread has ended, which takes a collective's time at most.
+
     Args:
         beat: gives one sign of life; a RuntimeError means that another rank is gone.
         interval_s: seconds between two.
@@ -40,6 +42,7 @@ class Lifeline:
         # The current accelerator is a matter of each thread, and object broadcasts use the current one.
         initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         self._device = torch.cuda.current_device() if initialized else None
+        self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, name="branchkey-beats", daemon=True)
 
     def __enter__(self) -> Lifeline:
@@ -49,8 +52,18 @@ class Lifeline:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._jobs.put(None)
+        later: BaseException | None = None
+        # Not is_alive(): up to Python 3.12 an interrupted join() takes the thread for one that has ended.
+        while not self._over.is_set():
+            try:
+                # Asked for in each turn, since an interrupt may come before it; what is left over in the queue is nobody's.
+                self._jobs.put(None)
+                self._over.wait()
+            except BaseException as interrupt:  # noqa: BLE001  raised below, when no thread speaks to the ranks any more
+                later = interrupt
         self._thread.join()
+        if later is not None:
+            raise later
 
     def call(self, job: Callable[[], _T]) -> _T:
         """Do ``job`` in the thread, instead of a sign of life, and give its result or raise its error.
@@ -82,6 +95,12 @@ class Lifeline:
             over.set()
 
     def _run(self) -> None:
+        try:
+            self._work()
+        finally:
+            self._over.set()
+
+    def _work(self) -> None:
         if self._device is not None:
             torch.cuda.set_device(self._device)
         while True:

@@ -1,18 +1,7 @@
-"""Let a tensor be written to an archive, and read from one, piece by piece, without a second copy of the model.
-
-A model is loaded in place in two passes over the archive. The first, which the gate has made or :func:`load_in_place`
-makes, unpacks it to nothing and checks everything: lengths, CRC, shapes, types, ranges. The second unpacks straight into the
-memory of the parameters. It can end in the middle for two reasons only. An interrupt: then the pass is made again before the
-interrupt goes on, so that the model holds the aggregate and nothing else; the file, which has no name, is still as it was
-checked. Or the disk fails under an open file, or the process is killed: a disk that does not give back what it gave a moment
-ago leaves a :class:`MixedModelError`, which no setting turns into an outcome. Being able to put the old weights back would
-take one more model of memory for that case alone; who wants it has it with ``Gate(max_metric_drop=...)`` or by writing a
-list of arrays.
-"""
+"""Let a tensor be written to an archive, and read from one, piece by piece, without a second copy of the model."""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,18 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from branchkey_integrations import in_place
 from branchkey_integrations.archive import Archive
-from branchkey_integrations.errors import BranchKeyError, MixedModelError
-from branchkey_integrations.parallel import over_layers
 from branchkey_integrations.parameters import Layout
-from branchkey_integrations.screening import screen
-
-_log = logging.getLogger("branchkey_integrations.torch")
 
 #: Fetched from an accelerator at a time; smaller pieces would wait for it more often than they move.
 _DEVICE_BYTES = 4 * 1024 * 1024
-#: So often is the second pass begun before a model is given up as mixed; each Ctrl-C may cost one.
-_TRIES = 3
 
 
 class TensorLayer:
@@ -83,32 +66,11 @@ def load_in_place(layout: Layout, tensors: Sequence[Tensor], archive: Archive) -
         archive: private. Checked here unless it was, for this very layout.
 
     Raises:
-        LayoutError, ArchiveError: it does not fit, or is damaged; nothing was written.
-        MixedModelError: the file could be read when it was checked, and not any more.
+        BranchKeyError: as :func:`branchkey_integrations.in_place.load_in_place`.
     """
-    if archive.checked_for != layout:
-        screen(archive, layout, finite=False)
     # Tensors that share memory are written in order, so that the last one wins as it does elsewhere.
     alone = len({tensor.untyped_storage().data_ptr() for tensor in tensors}) < len(tensors)
-    sizes = [header.nbytes for header in archive.headers]
-    stopped: BaseException | None = None
-    for _ in range(_TRIES):
-        try:
-            over_layers(sizes, lambda index: _fill(tensors[index], archive, index), alone=alone)
-        except BaseException as error:  # noqa: BLE001  raised again below, once the model is whole
-            # Signal handlers raise whatever they like, at any place: finish first, tell afterwards.
-            stopped, alone = error, True
-            _log.warning("Loading was stopped by %s; it is finished first", type(error).__name__)
-            continue
-        if stopped is not None and not isinstance(stopped, BranchKeyError):
-            raise stopped
-        return
-    raise MixedModelError(
-        what="model",
-        expected="the aggregate in every layer",
-        found="some layers of the aggregate and some of before: its file could not be read a second time",
-        fix="Load a checkpoint, or collect the aggregate again; check the disk that holds temporary files",
-    ) from stopped
+    in_place.load_in_place(layout, archive, lambda index: _fill(tensors[index], archive, index), alone=alone)
 
 
 def _fill(tensor: Tensor, archive: Archive, index: int) -> None:

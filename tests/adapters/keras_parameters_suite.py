@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import io
+
 import keras
 import ml_dtypes
 import numpy as np
 import pytest
 
-from branchkey_integrations.errors import ConfigurationError, LayoutError
+from branchkey_integrations.archive import Archive, write_archive
+from branchkey_integrations.errors import ArchiveError, ConfigurationError, LayoutError, MixedModelError
 from branchkey_integrations.keras import KerasParameters
+from branchkey_integrations.screening import screen
+from tests.support.archives import npz
 from tests.support.keras_models import Subclassed, data, everything_else, filled, make_model, numpy
 
 
@@ -133,3 +138,101 @@ def test_patterns_choose_by_path():
 def test_unbuilt_model_is_refused_by_that_word():
     with pytest.raises(LayoutError, match="not built"):
         KerasParameters(Subclassed()).read()
+
+
+# ---- one layer at a time --------------------------------------------------------------------------------------------
+
+
+def private(layers, compressed=True):
+    return Archive.open(
+        io.BytesIO(npz({f"layer_{index}": layer for index, layer in enumerate(layers)}, compressed=compressed)),
+        private=True,
+    )
+
+
+def wide_model():
+    return keras.Sequential([keras.Input((20,)), keras.layers.Dense(30), keras.layers.Dense(3, dtype="bfloat16")])
+
+
+def test_a_view_gives_in_pieces_what_would_be_read():
+    store = KerasParameters(wide_model())
+    for live, whole in zip(store.view(), store.read()):
+        assert (live.shape, live.dtype, live.nbytes) == (whole.shape, whole.dtype, whole.nbytes)
+        pieces = list(live.pieces(7))
+        assert max(piece.size for piece in pieces) <= 7
+        assert {piece.dtype for piece in pieces} == {whole.dtype}
+        assert np.concatenate(pieces).tobytes() == whole.tobytes()
+        assert np.asarray(live).tobytes() == whole.tobytes()
+        assert np.asarray(live, dtype="f8").dtype == np.float64
+
+
+def test_a_view_is_written_to_an_archive_bit_for_bit():
+    store = KerasParameters(wide_model())
+    plain, streamed = io.BytesIO(), io.BytesIO()
+    assert write_archive(plain, store.read(), 2.0).sha256 == write_archive(streamed, store.view(), 2.0).sha256
+
+
+@pytest.mark.parametrize("dtype", ["f4", ">f4", "f8"])
+def test_an_archive_is_assigned_one_layer_at_a_time(dtype, monkeypatch):
+    store = KerasParameters(wide_model())
+    wanted = [np.random.default_rng(index).normal(size=layer.shape) for index, layer in enumerate(store.read())]
+    wanted = [layer.astype("f4").astype(ml_dtypes.bfloat16).astype(dtype) for layer in wanted]
+    order = []
+    taken, assign = Archive.__getitem__, type(store._model.trainable_weights[0]).assign
+    monkeypatch.setattr(Archive, "__getitem__", lambda self, index: order.append(index) or taken(self, index))
+
+    def noted(variable, value):
+        order.append("assigned")
+        return assign(variable, value)
+
+    monkeypatch.setattr(type(store._model.trainable_weights[0]), "assign", noted)
+    store.write(private(wanted))
+    assert order == [0, "assigned", 1, "assigned", 2, "assigned", 3, "assigned"]
+    assert [layer.tobytes() for layer in store.read()] == [layer.astype("f4").tobytes() for layer in wanted]
+
+
+def test_an_archive_that_does_not_fit_changes_nothing():
+    store = KerasParameters(make_model())
+    before = store.read()
+    with pytest.raises(LayoutError, match="layer_3"):
+        store.write(private([np.ones(2, "f4"), np.ones(2, "f4"), np.ones((2, 1), "f4"), np.full(1, 1e300)]))
+    assert [layer.tobytes() for layer in store.read()] == [layer.tobytes() for layer in before]
+
+
+def test_an_interrupt_waits_until_the_model_is_the_aggregate(monkeypatch):
+    model = make_model()
+    last, assign = model.trainable_weights[-1], type(model.trainable_weights[-1]).assign
+    failed = []
+
+    def interrupted(variable, value):
+        if variable is last and not failed:
+            failed.append(True)
+            raise KeyboardInterrupt
+        return assign(variable, value)
+
+    monkeypatch.setattr(type(last), "assign", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        KerasParameters(model).write(private(filled(model, 5)))
+    assert failed
+    assert [layer.tobytes() for layer in KerasParameters(model).read()] == [
+        layer.tobytes() for layer in filled(model, 5)
+    ]
+
+
+def test_a_disk_that_fails_after_the_check_is_told_from_every_other_error(monkeypatch):
+    model = make_model()
+    archive = private(filled(model, 5))
+    screen(archive, KerasParameters(model).layout())
+    taken = Archive.__getitem__
+
+    def failing(self, index):
+        if index == 2:
+            raise ArchiveError(what="file", found="Input/output error")
+        return taken(self, index)
+
+    monkeypatch.setattr(Archive, "__getitem__", failing)
+    with pytest.raises(MixedModelError, match="some layers of the aggregate and some of before"):
+        KerasParameters(model).write(archive)
+    monkeypatch.undo()
+    KerasParameters(model).write(archive)
+    assert KerasParameters(model).read()[2].tobytes() == filled(model, 5)[2].tobytes()

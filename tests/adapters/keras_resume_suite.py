@@ -83,7 +83,8 @@ def test_what_is_kept_lies_beside_the_backup_in_plain_json_without_secrets(tmp_p
         fit(branch, tmp_path, ("end", 1))
         folder = tmp_path / "backup-branchkey"
         leaf = branch.credentials[0]
-        assert sorted(os.listdir(folder)) == [f"{leaf.id}.epochs.json", f"{leaf.id}.jsonl"]
+        # The lock of the journal stays, as it must.
+        assert {*os.listdir(folder)} - {f"{leaf.id}.lock"} == {f"{leaf.id}.epochs.json", f"{leaf.id}.jsonl"}
         text = (folder / f"{leaf.id}.epochs.json").read_text()
         state = json.loads(text)
         assert sorted(state) == ["1", "2"]

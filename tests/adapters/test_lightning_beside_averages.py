@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import logging
 
@@ -10,11 +9,9 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging
-from lightning.pytorch.callbacks.weight_averaging import EMAWeightAveraging
 from torch import nn
 
 from branchkey_integrations.lightning import BranchKeyCallback
-from branchkey_integrations.lightning.averages import tell_of_averages
 from branchkey_integrations.lightning.scores import Scores
 from tests.support.lightning_beside import Answer, Look, batches, lone_branch, mean, near, shifted
 from tests.support.lightning_nets import Net, connect, held_out, make_trainer, same, weights
@@ -101,48 +98,6 @@ def test_stochastic_averaging_before_the_leaf_is_warned_of_and_the_last_aggregat
     assert len(branch.uploads) == 3
     assert same(weights(model), answer.given[2])
     assert "Put BranchKeyCallback before StochasticWeightAveraging" in caplog.text
-
-
-# ---- weight averaging, of 2.6 ---------------------------------------------------------------------------------------
-
-
-def test_moving_average_stays_at_home_and_so_do_its_scores(tmp_path, branch, caplog):
-    leaf = BranchKeyCallback(connect(branch), timeout_s=30)
-    answer, look, model = Answer(branch, shifted), Look(), Net()
-    average = EMAWeightAveraging(decay=0.5)
-    trainer = make_trainer(tmp_path, [average, leaf, answer, look], max_epochs=2)
-    trainer.fit(model, batches(), held_out())
-    # What is trained on is sent; what was validated is the average, so that score is not the update's.
-    assert all(not near(upload.layers, seen, 1e-4) for upload, seen in zip(branch.uploads, look.validated))
-    assert [sorted(metrics) for metrics in sent_metrics(branch)] == [["train_loss"]] * 2
-    assert "val_loss" in caplog.text
-    assert caplog.text.count("other weights") == 1
-    assert same(look.started[1], answer.given[0])
-    # Named last, the leaf has the last word; the average is in the checkpoints.
-    assert same(weights(model), answer.given[1])
-
-
-def test_moving_average_behind_the_leaf_has_the_last_word_and_a_warning_says_so(tmp_path, branch, caplog):
-    leaf = BranchKeyCallback(connect(branch), timeout_s=30)
-    answer, look, model = Answer(branch, shifted), Look(), Net()
-    make_trainer(tmp_path, [leaf, EMAWeightAveraging(decay=0.5), answer, look], max_epochs=2).fit(model, batches())
-    assert leaf.last_outcome.status == "applied"
-    # Halved with each of the three steps of the second epoch, what the first left is an eighth.
-    assert not near(weights(model), answer.given[1], 0.1)
-    assert "Put BranchKeyCallback behind EMAWeightAveraging" in caplog.text
-
-
-@pytest.mark.parametrize("flavour", ["lightning.pytorch", "pytorch_lightning"])
-def test_averages_of_both_flavours_are_known(branch, flavour, caplog):
-    callbacks = importlib.import_module(f"{flavour}.callbacks")
-    leaf = BranchKeyCallback(connect(branch))
-    moving, stochastic = callbacks.EMAWeightAveraging(), callbacks.StochasticWeightAveraging(swa_lrs=0.1)
-    with caplog.at_level(logging.INFO, "branchkey_integrations.lightning"):
-        tell_of_averages([moving, leaf, stochastic], leaf)
-        tell_of_averages([stochastic, leaf, moving], leaf)
-    levels = [record.levelname for record in caplog.records]
-    assert levels == ["INFO", "INFO", "WARNING", "WARNING"]
-    assert "checkpoints hold the average of EMAWeightAveraging" in caplog.text
 
 
 def test_weights_are_told_apart_by_any_change_in_any_precision():

@@ -200,10 +200,13 @@ def test_every_logger_gets_the_rows_of_every_leaf_as_plain_numbers(tmp_path, bra
             assert [row[f"{prefix}status"] for row in rows] == [0.0, 0.0]
             sent = [outcome.uploaded_bytes / 1e6 for outcome in leaf.history if outcome.status == "applied"]
             assert [row[f"{prefix}uploaded_mb"] for row in rows] == sent
-            assert all(type(value) is float for row in rows for value in row.values())
+            # The epoch that each round is of, as in the row that Lightning itself wrote for it.
+            assert [row["epoch"] for row in rows] == [0, 1]
+            assert all(type(row[name]) is float for row in rows for name in row if name != "epoch")
             with open(Path(table.log_dir) / "metrics.csv", encoding="utf-8") as file:
                 written = [row for row in csv.DictReader(file) if row.get(f"{prefix}round")]
             assert [float(row[f"{prefix}round"]) for row in written] == [1.0, 2.0]
+            assert [row["epoch"] for row in written] == ["0", "1"]
 
 
 def test_nothing_is_said_of_averages_where_there_are_none(tmp_path, branch, caplog):

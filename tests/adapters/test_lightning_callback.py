@@ -16,7 +16,18 @@ from torch.utils.data import DataLoader
 from branchkey_integrations.errors import ConfigurationError
 from branchkey_integrations.lightning import BranchKeyCallback
 from branchkey_integrations.sandbox import Sandbox
-from tests.support.lightning_nets import Net, Rows, connect, data, held_out, make_net, make_trainer, same, weights
+from tests.support.lightning_nets import (
+    PLAIN_ONLY,
+    Net,
+    Rows,
+    connect,
+    data,
+    held_out,
+    make_net,
+    make_trainer,
+    same,
+    weights,
+)
 
 torch.set_num_threads(1)
 
@@ -221,7 +232,7 @@ def test_a_resumed_run_counts_on_and_applies_no_aggregate_twice(tmp_path, sandbo
 
     second = BranchKeyCallback(connect(sandbox))
     resumed = make_trainer(tmp_path, [second], max_epochs=3)
-    resumed.fit(Net(seed=5), data(), ckpt_path=str(tmp_path / "two.ckpt"), weights_only=True)
+    resumed.fit(Net(seed=5), data(), ckpt_path=str(tmp_path / "two.ckpt"), **PLAIN_ONLY)
     assert (second.round, len(sandbox.uploads)) == (3, 3)
     applied = [outcome.aggregation_id for outcome in first.history + second.history if outcome.status == "applied"]
     assert applied == sandbox.aggregates

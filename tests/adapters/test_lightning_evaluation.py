@@ -208,7 +208,9 @@ def test_loggers_get_the_scores_and_otherwise_the_same_lines(both):
         return [{k: v for k, v in line.items() if v and "aggregate" not in k and "wait_s" not in k} for line in lines]
 
     without, with_scores = (table(each["rows"]) for each in both)
-    assert [line for line in with_scores if set(line) != {"step"}] == without
+    assert [line for line in with_scores if set(line) != {"step", "epoch"}] == without
+    scored = [line for line in with_scores if set(line) == {"step", "epoch"}]
+    assert [line["epoch"] for line in scored] == [str(epoch) for epoch in range(EPOCHS)]
     columns = [name for name in both[1]["rows"][0].split(",") if name.startswith("branchkey/aggregate/")]
     assert columns == [
         f"branchkey/aggregate/{name}" for name in sorted(["val_loss", "least", "MeanSquaredError", "MeanAbsoluteError"])

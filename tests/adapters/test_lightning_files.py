@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import pickle
+import types
+from datetime import timedelta
 
 import lightning.pytorch as lightning
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from branchkey_integrations.errors import ConfigurationError
-from branchkey_integrations.lightning import BranchKeyCallback
+from branchkey_integrations.lightning import BranchKeyCallback, checkpoints
 from branchkey_integrations.sandbox import Sandbox
 from tests.support.lightning_files import partner, rescored, score_in_name
-from tests.support.lightning_nets import Net, connect, data, held_out, make_trainer, same, weights
+from tests.support.lightning_nets import PLAIN_ONLY, Net, connect, data, held_out, make_trainer, same, weights
 
 torch.set_num_threads(1)
 
@@ -57,6 +59,8 @@ def fit(folder, callbacks, branch, rounds=EPOCHS, **options):
         ({}, {"val_check_interval": 0.5}, [2, 4, 7, 9, 12, 14, 17, 19]),
         ({"every_n_train_steps": 3}, {"val_check_interval": 0.5}, [4, 7, 9, 12, 17, 19]),
         ({"every_n_train_steps": 1}, {}, [5, 10, 15, 20]),
+        ({"train_time_interval": timedelta(microseconds=1)}, {}, [5, 10, 15, 20]),
+        ({"train_time_interval": timedelta(microseconds=1)}, {"val_check_interval": 0.5}, [2, 4, 7, 9, 12, 14, 17, 19]),
         ({}, {"check_val_every_n_epoch": 2}, [10, 20]),
         ({"save_on_train_epoch_end": True}, {"check_val_every_n_epoch": 2}, [10, 20]),
         ({"every_n_epochs": 2}, {"accumulate_grad_batches": 2}, [6, 12]),
@@ -74,6 +78,18 @@ def test_every_file_holds_the_weights_that_had_the_score_in_its_name(tmp_path, s
         # None of them is an aggregate, and the model ends with one.
         assert [outcome.status for outcome in callback.history] == ["pending", "applied"] * EPOCHS
         assert same(weights(model), branch.aggregate(branch.aggregates[-1]))
+
+
+def test_a_save_by_the_clock_is_made_when_the_clock_that_was_asked_about_the_score_says_so(tmp_path, monkeypatch):
+    # Lightning's own clock says at each batch that it is time; ours leaps once, before the third epoch's third batch is over.
+    hours = iter([0.0] * 12 + [1e12] * 100)
+    monkeypatch.setattr(checkpoints, "time", types.SimpleNamespace(monotonic=lambda: next(hours)))
+    keeps = keep(tmp_path / "best", train_time_interval=timedelta(microseconds=1))
+    with Sandbox(leaves=2) as branch:
+        fit(tmp_path, [BranchKeyCallback(connect(branch), timeout_s=60), keeps], branch)
+    (path,) = files(tmp_path / "best")
+    assert path.stem.startswith("15-")
+    assert rescored(path)[0] == pytest.approx(score_in_name(path, "-"), abs=1e-6)
 
 
 def test_a_put_off_save_is_told_of_once_and_the_callbacks_are_as_before_afterwards(tmp_path, caplog):
@@ -207,7 +223,7 @@ def test_a_fit_goes_on_from_the_file_of_an_aggregate_and_sends_no_round_again(sc
 
     callback = BranchKeyCallback(connect(branch), timeout_s=0.2, on_error="keep_local", journal=False)
     trainer = make_trainer(tmp_path, [callback, Look()], max_epochs=EPOCHS)
-    trainer.fit(Net(seed=9), data(), held_out(), ckpt_path=str(path), weights_only=True)
+    trainer.fit(Net(seed=9), data(), held_out(), ckpt_path=str(path), **PLAIN_ONLY)
     assert (seen[0][0], seen[0][1]) == (2, 10)
     assert same(seen[0][2], scored["aggregates"][1])
     mine = [each for each in branch.uploads[before:] if each.leaf_id == branch.credentials[0].id]
@@ -235,7 +251,6 @@ def test_a_fit_goes_on_from_the_file_of_an_aggregate_and_sends_no_round_again(sc
             None,
             "expected every_n_epochs, found every_n_train_steps",
         ),
-        ({"evaluate_aggregate": True}, "average", None, "average into checkpoints, found WeightAveraging"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_connected(tmp_path, options, checkpoint, loaders, found):
@@ -244,10 +259,7 @@ def test_what_cannot_work_is_refused_before_anything_is_connected(tmp_path, opti
 
     callbacks = [BranchKeyCallback(never, **options)]
     if checkpoint is not None:
-        more = {} if checkpoint == "average" else checkpoint
-        callbacks.append(ModelCheckpoint(str(tmp_path / "files"), monitor=AGGREGATE, **more))
-    if checkpoint == "average":
-        callbacks.append(EMAWeightAveraging())
+        callbacks.append(ModelCheckpoint(str(tmp_path / "files"), monitor=AGGREGATE, **checkpoint))
     trainer = make_trainer(tmp_path, callbacks, enable_checkpointing=checkpoint is not None)
     with pytest.raises(ConfigurationError, match=found):
         trainer.fit(Net(), data(), *([held_out()] if loaders is None else loaders))

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from branchkey_integrations.lightning import BranchKeyCallback
 from tests.support.halving import Halving
+from tests.support.lightning_beside import Seen
 from tests.support.lightning_nets import Net, connect, data, held_out, make_trainer, same, weights
 
 torch.set_num_threads(1)
@@ -60,14 +61,17 @@ def test_an_epoch_whose_end_the_checkpoint_missed_is_sent_when_the_fit_goes_on(t
         assert state["batches"] == 5
         state["hook"]["rounds"].update(leaf_id=leaf.id, branch_id=leaf.branch_id)
         torch.save(file, tmp_path / "moved.ckpt")
-        fit(branch, tmp_path / "second", ckpt_path=tmp_path / "moved.ckpt")
+        seen = Seen()
+        fit(branch, tmp_path / "second", [seen], ckpt_path=tmp_path / "moved.ckpt")
+        # Lightning 2.4 repeats the last batch of such an epoch; versions after it do not come back to it at all.
+        repeated = seen.counts.get(0, 0)
         assert [(upload.metadata["custom"]["round"], upload.weighting) for upload in branch.uploads] == [
-            (1, 18),
+            (1, 18 + repeated),
             (2, 18),
             (3, 18),
         ]
         stored = file["state_dict"]["layer.weight"].numpy()
-        assert (branch.uploads[0].layers[0] == stored).all()
+        assert (branch.uploads[0].layers[0] == stored).all() == (repeated == 0)
 
 
 @pytest.mark.parametrize(

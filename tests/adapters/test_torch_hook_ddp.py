@@ -17,7 +17,6 @@ from branchkey_integrations import Client
 from branchkey_integrations.errors import (
     AggregateRejectedError,
     AuthenticationError,
-    BranchKeyError,
     ConfigurationError,
     LayoutError,
     RoundTimeoutError,
@@ -25,6 +24,7 @@ from branchkey_integrations.errors import (
 from branchkey_integrations.sandbox import Sandbox
 from branchkey_integrations.torch import BranchKeyHook
 from tests.support.ranks import Ranks
+from tests.support.torch_ddp import caught, connect, make, plain, train, values, where
 
 torch.set_num_threads(1)
 
@@ -45,62 +45,6 @@ def sandbox():
 def silent():
     with Sandbox(leaves=1, quorum=2) as branch:
         yield branch
-
-
-def where(branch):
-    return branch.url, branch.credentials[0].to_dict()
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Linear(3, 4)
-        self.norm = nn.BatchNorm1d(4)
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x):
-        return self.head(self.norm(self.body(x)).relu())
-
-
-def make(seed=0):
-    torch.manual_seed(seed)
-    return nn.parallel.DistributedDataParallel(Net())
-
-
-def train(model, optimizer, rank, steps=2):
-    torch.manual_seed(100 + rank)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(torch.randn(8, 3)).square().mean().backward()
-        optimizer.step()
-
-
-def connect(at, made=None):
-    url, credentials = at
-
-    def client():
-        if made is not None:
-            made.append(dist.get_rank())
-        return Client(credentials, host=url, quarantine_dir=False)
-
-    return client
-
-
-def values(model):
-    return {name: tensor.tolist() for name, tensor in model.state_dict().items()}
-
-
-def plain(outcome):
-    return outcome.status, outcome.round, outcome.upload_id, outcome.aggregation_id, outcome.reason
-
-
-def caught(work):
-    """Type and text of what ``work`` raised: errors are compared across ranks by both."""
-    try:
-        work()
-    except BranchKeyError as error:
-        return type(error).__name__, str(error)
-    return None
 
 
 # ---- a round ------------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from branchkey_integrations import in_place
 from branchkey_integrations.archive import Archive, write_archive
 from branchkey_integrations.archive_stream import ByteSource
 from branchkey_integrations.errors import ArchiveError, LayoutError, MixedModelError
@@ -167,13 +168,13 @@ def test_parameters_made_in_inference_mode_can_be_loaded():
 
 def test_parameters_that_share_memory_are_loaded_in_order_so_that_the_last_one_wins(monkeypatch):
     seen = []
-    original = under_test.over_layers
+    original = in_place.over_layers
 
     def watched(sizes, work, *, alone):
         seen.append(alone)
         return original(sizes, work, alone=alone)
 
-    monkeypatch.setattr(under_test, "over_layers", watched)
+    monkeypatch.setattr(in_place, "over_layers", watched)
     memory = torch.zeros(10)
     TorchParameters(Holder(memory[:6], memory[4:])).write(private([np.ones(6, "f4"), np.full(6, 2.0, "f4")]))
     assert memory.tolist() == [1.0] * 4 + [2.0] * 6
@@ -211,7 +212,7 @@ def test_damage_in_the_last_layer_leaves_every_bit():
 
 def test_what_the_gate_has_checked_for_this_layout_is_not_checked_again(monkeypatch):
     checks = []
-    monkeypatch.setattr(under_test, "screen", lambda *args, **options: checks.append(options))
+    monkeypatch.setattr(in_place, "screen", lambda *args, **options: checks.append(options))
     store = TorchParameters(nn.Linear(3, 1))
     archive = private([np.ones((1, 3), "f4"), np.ones(1, "f4")])
     store.write(archive)
@@ -293,7 +294,7 @@ def test_a_disk_that_fails_after_the_check_leaves_an_error_of_its_own(monkeypatc
     original = ByteSource.read_at
 
     def failing(self, offset, count):
-        if offset > archive._layers[2].start:
+        if offset > archive._table.start(2):
             raise ArchiveError(what="file", found="Input/output error")
         return original(self, offset, count)
 

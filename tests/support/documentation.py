@@ -7,7 +7,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
+
+from branchkey_integrations import Client
+from branchkey_integrations.sandbox import Sandbox
 
 OFFICIAL_IMPORT = "from branchkey.client import Client"
 OUR_IMPORT = "from branchkey_integrations import Client"
@@ -156,3 +162,23 @@ def run(block: str, replacements: Mapping[str, str] | None = None, **names: Any)
     """Execute a block with ``names`` defined, and give all names that are defined after it."""
     exec(compile(adapted(block, replacements), "<documentation>", "exec"), names)
     return names
+
+
+@dataclass
+class Branch:
+    """A sandbox of one leaf, and how that leaf's client is told where the broker is (nothing: it uses WebSocket)."""
+
+    sandbox: Sandbox
+    channel: str
+    broker: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def credentials(self) -> dict[str, str]:
+        return self.sandbox.credentials[0].to_dict()
+
+    def client(self, **options: Any) -> Client:
+        return Client(self.credentials, host=self.sandbox.url, **{**self.broker, **options})
+
+
+def saved(client: Client) -> str:
+    return client.save_weights("model_weights", 1, [np.ones(2, "f4")])

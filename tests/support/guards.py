@@ -2,17 +2,33 @@
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Iterator
+import sys
+from collections.abc import Generator, Iterator
+from types import FrameType
 
 import pytest
 
 from branchkey_integrations.errors import BranchKeyError
-from tests.support import leaks, network
-from tests.support.credentials import known_secrets, names_a_secret, register_all_credentials
+from branchkey_integrations.transport import Transport
+from tests.support import disclosures, leaks, network
+from tests.support.credentials import (
+    forget_secrets,
+    forget_secrets_of_the_test,
+    holds_a_secret,
+    keep_secrets_of_fixtures,
+    names_a_secret,
+    register_all_credentials,
+)
 
 #: Below DEBUG and used by nobody else, so that a level set by a test can be told from the one set here.
 _EVERYTHING = 1
+
+
+#: Whose records of every level are searched; of all others those that are written as the user has set it.
+_WATCHED = ("branchkey_integrations", "urllib3", "requests", "websockets", "pika")
+_FAILED = pytest.StashKey[bool]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -20,6 +36,64 @@ def pytest_configure(config: pytest.Config) -> None:
     network.install()
     register_all_credentials()
     _search_all_errors()
+    disclosures.arm()
+    # Each client closes one, with all that belongs to it still there.
+    Transport.close = disclosures.watch_the_end_of(Transport.close)  # type: ignore[method-assign]
+
+
+def pytest_collection_finish() -> None:
+    """All frameworks that the tests need are loaded by now."""
+    disclosures.freeze_what_is_there()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Iterator[None]:
+    """Look at our objects that live when a test has ended, and its fixtures have not."""
+    keep_secrets_of_fixtures()
+    yield
+    disclosures.met.extend(disclosures.of_objects())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Fail a test, without quoting it, that has printed a secret; one that fails anyhow may need it to be understood."""
+    report = yield
+    item.stash[_FAILED] = report.failed or item.stash.get(_FAILED, False)
+    # The last report has what all phases have printed.
+    if (
+        report.when == "teardown"
+        and not item.stash[_FAILED]
+        and any(holds_a_secret(text) for _, text in report.sections)
+    ):
+        report.outcome, report.longrepr = "failed", "a secret was printed"
+        report.sections.clear()
+    return report
+
+
+@pytest.fixture(scope="module", autouse=True)
+def secret_free_module() -> Iterator[None]:
+    """Fail a module that leaves a secret in the folders of its own fixtures, or in one of our objects."""
+    disclosures.begin_again()
+    disclosures.folders.clear()
+    yield
+    found = [*disclosures.of_new_folders(), *disclosures.of_objects(gc.get_objects())]
+    forget_secrets()
+    if found:
+        pytest.fail("\n".join(dict.fromkeys(found)), pytrace=False)
+
+
+@pytest.fixture(autouse=True)
+def secret_free_remains(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that shows a secret in an object, a file, what it printed, a warning or an error with its variables."""
+    disclosures.met.clear()
+    yield
+    found = [
+        *disclosures.met,
+        *disclosures.of_new_folder((getattr(request.node, "funcargs", None) or {}).get("tmp_path")),
+    ]
+    forget_secrets_of_the_test()
+    if found:
+        pytest.fail("\n".join(dict.fromkeys(found)), pytrace=False)
 
 
 @pytest.fixture(autouse=True)
@@ -44,8 +118,22 @@ class _SecretSearch(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)  # with the traceback, where there is one
-        if names_a_secret(text) or any(secret in text for secret in known_secrets()):
+        if holds_a_secret(text) and not _is_a_tests_own(record):
             self.found.append(f"{record.name} at {record.levelname}, {record.filename}:{record.lineno}")
+
+
+def _is_a_tests_own(record: logging.LogRecord) -> bool:
+    """Tell whether a record that nobody asked for was written by a library that a test uses without our package."""
+    asked_for = record.levelno >= logging.getLogger().getEffectiveLevel()
+    if asked_for or record.name.partition(".")[0] == "branchkey_integrations":
+        return False
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        module = str(frame.f_globals.get("__name__", ""))
+        if module != __name__ and module.startswith(("tests.", "test_", "branchkey_integrations.")):
+            return not module.startswith("branchkey_integrations.")
+        frame = frame.f_back
+    return False
 
 
 #: Kinds of errors that had a secret in one of their fields, in this process.
@@ -85,17 +173,19 @@ class _AsIfUnchanged(logging.Filter):
 @pytest.fixture(autouse=True)
 def secret_free_logs() -> Iterator[None]:
     """Fail a test in which a session token, or another registered secret, gets into a log record of any level."""
-    package, root = logging.getLogger("branchkey_integrations"), logging.getLogger()
+    root, watched = logging.getLogger(), [logging.getLogger(name) for name in _WATCHED]
     search, unchanged = _SecretSearch(), _AsIfUnchanged()
-    level = package.level
+    levels = [logger.level for logger in watched]
     # Handlers that are there now are pytest's; those that a test adds get everything they ask for.
     handlers = list(root.handlers)
     for handler in handlers:
         handler.addFilter(unchanged)
     root.addHandler(search)
-    package.setLevel(_EVERYTHING)
+    for logger in watched:
+        logger.setLevel(_EVERYTHING)
     yield
-    package.setLevel(level)
+    for logger, level in zip(watched, levels):
+        logger.setLevel(level)
     root.removeHandler(search)
     for handler in handlers:
         handler.removeFilter(unchanged)

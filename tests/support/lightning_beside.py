@@ -53,6 +53,16 @@ class Look(lightning.Callback):
         self.ended = weights(module)
 
 
+class Seen(lightning.Callback):
+    """Count the samples that each epoch really trains on."""
+
+    def __init__(self):
+        self.counts = {}
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        self.counts[trainer.current_epoch] = self.counts.get(trainer.current_epoch, 0) + len(batch[0])
+
+
 def batches(size=6, **options):
     """18 rows in equal batches, in a fixed order."""
     return DataLoader(Rows(), batch_size=size, **options)

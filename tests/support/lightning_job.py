@@ -20,6 +20,7 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.distributed import distributed_c10d
 from torch.utils.data import DataLoader, TensorDataset
 
 from branchkey_integrations import Client, Gate
@@ -27,6 +28,10 @@ from branchkey_integrations.errors import BranchKeyError
 from branchkey_integrations.lightning import BranchKeyCallback
 
 torch.set_num_threads(1)
+
+#: For how long a leaf waits in the fit "long wait", and how long a collective of its process group may take.
+LONG_WAIT_S = 20.0
+PATIENCE_S = 8.0
 
 
 class Net(lightning.LightningModule):
@@ -136,6 +141,16 @@ class Reporter(Callback):
         Path(self.folder, f"{self.name}.{trainer.global_rank}.json").write_text(json.dumps(report), encoding="utf-8")
 
 
+class Impatient(Callback):
+    """Let collectives fail after :data:`PATIENCE_S` while training goes on; ranks may take longer to start and to end."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=PATIENCE_S))
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=300))
+
+
 def fit(name: str, branches: dict[str, Any], folder: str) -> None:
     made = os.path.join(folder, f"{name}.made")
     client: Any = functools.partial(counted, made, *branches[name])
@@ -152,8 +167,8 @@ def fit(name: str, branches: dict[str, Any], folder: str) -> None:
     elif name == "silent":
         options["timeout_s"] = 1.0
     elif name == "long wait":
-        strategy = DDPStrategy(process_group_backend="gloo", timeout=datetime.timedelta(seconds=20))
-        epochs, options = 1, {"timeout_s": 60, "on_error": "keep_local"}
+        callbacks.append(Impatient())
+        epochs, options = 1, {"timeout_s": LONG_WAIT_S, "on_error": "keep_local"}
     elif name in ("fully_shard", "checkpointed", "resumed"):
         model = Sharded()
         strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo")
@@ -178,7 +193,7 @@ def fit(name: str, branches: dict[str, Any], folder: str) -> None:
         devices=2,
         strategy=strategy,
         logger=False,
-        enable_checkpointing=len(callbacks) > 1,
+        enable_checkpointing=any(isinstance(each, ModelCheckpoint) for each in callbacks),
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import lightning.pytorch as lightning
 import numpy as np
 import torch
@@ -11,6 +13,9 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from branchkey_integrations import Client, RetryPolicy
 
 torch.set_num_threads(1)
+
+#: For ``Trainer.fit`` with a checkpoint, where it can be told (from 2.6) to load nothing but plain values and tensors.
+PLAIN_ONLY = {"weights_only": True} if "weights_only" in inspect.signature(lightning.Trainer.fit).parameters else {}
 
 
 def connect(branch, leaf=0):
