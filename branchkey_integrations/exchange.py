@@ -36,6 +36,8 @@ logger = logging.getLogger("branchkey_integrations.exchange")
 
 #: Archives up to this size are built in memory, larger ones in an unlinked temporary file.
 _IN_MEMORY_BYTES = 8 * 1024 * 1024
+#: What an archive holds of a layer besides its values: headers, and its line in the directory.
+_MEMBER_BYTES = 256
 #: Aggregates are small enough to stay in memory up to this size; nothing is known of them before they come.
 _SMALL_BYTES = 1024 * 1024
 #: Pieces of 128 KiB that are packed to see what packing costs and saves.
@@ -52,7 +54,8 @@ def packed(
         ArchiveError: no layers, one that cannot be sent, or NaN or infinity in one (named), found while it is packed.
     """
     method: Any = compression
-    with io.BytesIO() if raw_bytes(arrays) <= _IN_MEMORY_BYTES else _scratch("update") as file:
+    size = raw_bytes(arrays) + _MEMBER_BYTES * len(arrays)
+    with io.BytesIO() if size <= _IN_MEMORY_BYTES else _scratch("update") as file:
         yield file, write_archive(file, arrays, weighting, compression=method, finite=True)
 
 

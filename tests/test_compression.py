@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -149,3 +150,14 @@ def test_the_clients_own_download_is_private_so_that_a_model_may_be_loaded_in_pl
     with connect(sandbox) as client, client.open_aggregation(identifier) as archive:
         assert archive.private
         assert archive[0].tolist() == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    ("count", "items", "in_memory"), [(1, 2_000_000, True), (1, 2_100_000, False), (40_000, 1, False)]
+)
+def test_an_archive_is_packed_in_memory_where_it_stays_small_with_its_headers(
+    count: int, items: int, in_memory: bool
+) -> None:
+    with exchange.packed([np.zeros(items, "f4")] * count, 1.0, "store") as (file, info):
+        assert isinstance(file, io.BytesIO) is in_memory
+        assert info.size_bytes > 4 * items * count
