@@ -21,11 +21,14 @@ from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 from urllib3.exceptions import ProtocolError
 
 from branchkey_integrations.credentials import Credentials
+from branchkey_integrations.errors import DeadlineError
 from branchkey_integrations.redaction import Secret, hidden_values
 
 #: Most bytes of an upload that the kernel holds and has not sent yet.
 _UNSENT_BYTES = 128 * 1024
 _TRICKLE_BYTES = 16
+#: What the body of an object has to bring in each window; the slowest links that anybody sends models over bring more.
+_LEAST_BYTES, _WINDOW_S = 1024, 30.0
 #: What the environment can say of proxies for http and https, and of trust.
 _PROXY_VARIABLES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 _ASKED_VARIABLES = (*_PROXY_VARIABLES, *map(str.upper, _PROXY_VARIABLES), "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
@@ -239,11 +242,38 @@ def in_words_of_the_protocol(pieces: Iterable[bytes]) -> Iterator[bytes]:
         raise ProtocolError(type(error).__name__) from None
 
 
-def as_it_comes(answer: requests.Response) -> Iterator[bytes]:
-    """Give the body in pieces as they arrive: a plain read waits for a whole piece, however slowly it trickles in."""
+def as_it_comes(answer: requests.Response, most_bytes: int = 64 * 1024, *, decoded: bool = True) -> Iterator[bytes]:
+    """Give the body in pieces as they arrive: a plain read waits for a whole piece, however slowly it trickles in.
+
+    Args:
+        most_bytes: size of the largest piece.
+        decoded: undo the encoding of the content.
+    """
     read_some = getattr(answer.raw, "read1", None)  # urllib3 2.1 has it first
     if read_some is None:
-        yield from answer.iter_content(_TRICKLE_BYTES)
+        yield from answer.raw.stream(_TRICKLE_BYTES if decoded else most_bytes, decode_content=decoded)
         return
-    while piece := read_some(64 * 1024, decode_content=True):
+    while piece := read_some(most_bytes, decode_content=decoded):
         yield piece
+
+
+def not_too_slow(pieces: Iterator[bytes], action: str, timeout_s: float) -> Iterator[bytes]:
+    """Pass the pieces of a body on, as long as they bring at least 1 KiB in each half minute (or ``timeout_s``, if longer).
+
+    Raises:
+        DeadlineError: they do not; a byte now and then would hold up whoever waits for the whole for days.
+    """
+    window_s = max(_WINDOW_S, timeout_s)
+    until, moved = time.monotonic() + window_s, 0
+    for piece in pieces:
+        yield piece
+        moved += len(piece)
+        if time.monotonic() > until:
+            if moved < _LEAST_BYTES:
+                raise DeadlineError(
+                    what=action,
+                    expected=f"at least {_LEAST_BYTES} bytes in {window_s:g} s",
+                    found=f"{moved}, of an object that trickles in",
+                    fix="The link or the server hardly moves; try again later",
+                )
+            until, moved = time.monotonic() + window_s, 0

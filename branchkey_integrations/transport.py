@@ -43,6 +43,7 @@ from branchkey_integrations.http_session import (
     as_it_comes,
     can_be_fetched,
     in_words_of_the_protocol,
+    not_too_slow,
 )
 from branchkey_integrations.redaction import Secret, hidden_targets, hidden_values, host_of
 
@@ -288,7 +289,8 @@ class Transport:
             target.truncate()
         received = 0
         # Not decoded: an archive is compressed already, and a decoded body would not have the declared length.
-        for piece in in_words_of_the_protocol(answer.raw.stream(_CHUNK_BYTES, decode_content=False)):
+        pieces = in_words_of_the_protocol(as_it_comes(answer, _CHUNK_BYTES, decoded=False))
+        for piece in not_too_slow(pieces, action, self.timeout_s):
             if self._closed.is_set():
                 raise ClientClosedError(what=action, fix="The client was closed during the download")
             received += len(piece)

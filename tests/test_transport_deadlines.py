@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import time
 from pathlib import Path
 
@@ -88,6 +89,42 @@ def test_a_download_over_a_slow_link_that_keeps_moving_may_take_longer_than_the_
     with RawServer(slow) as server, Leaf(server.url, timeout_s=0.5, retry=RetryPolicy(attempts=1)) as leaf:
         assert leaf.transport.fetch("download", f"{server.url}/o?signature=abc", target) == 12
     assert target.getvalue() == b"PK0123456789"
+
+
+def test_a_download_that_moves_but_would_never_end_is_a_deadline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("branchkey_integrations.http_session._WINDOW_S", 0.5)
+    ended = threading.Event()
+
+    def trickle(exchange: Exchange) -> None:
+        try:
+            exchange.send(answer(200, b"", length=1_000_000))
+            exchange.trickle(b"PK" * 500_000, 0.05)
+        except OSError:
+            ended.set()
+
+    with RawServer(trickle) as server, Leaf(server.url, timeout_s=0.5, retry=RetryPolicy(attempts=1)) as leaf:
+        with pytest.raises(
+            DeadlineError, match=r"at least 1024 bytes in 0\.5 s, found \d+, of an object that trickles in"
+        ):
+            leaf.transport.fetch("download", f"{server.url}/o?signature=abc", io.BytesIO())
+        # The connection is given up, too.
+        assert ended.wait(20)
+
+
+def test_a_download_that_brings_enough_in_each_window_may_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("branchkey_integrations.http_session._WINDOW_S", 0.2)
+    content = bytes(range(256)) * 100
+
+    def slow(exchange: Exchange) -> None:
+        exchange.send(answer(200, b"", length=len(content)))
+        for start in range(0, len(content), 1600):
+            exchange.send(content[start : start + 1600])
+            exchange.closing.wait(0.1)
+
+    target = io.BytesIO()
+    with RawServer(slow) as server, Leaf(server.url, timeout_s=0.2, retry=RetryPolicy(attempts=1)) as leaf:
+        leaf.transport.fetch("download", f"{server.url}/o?signature=abc", target)
+    assert target.getvalue() == content
 
 
 def test_a_download_that_stalls_is_a_deadline() -> None:
