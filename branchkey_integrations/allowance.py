@@ -28,11 +28,13 @@ class Allowance:
         most_bytes: by the model, the user or the default.
         room_bytes: what the disk can take; None where that cannot be told.
         layers: of the model; None where it is not known.
+        needed_bytes: the most that the model can need.
     """
 
     most_bytes: int
     room_bytes: int | None = None
     layers: int | None = None
+    needed_bytes: int = MOST_BYTES
 
     @property
     def limit_bytes(self) -> int:
@@ -49,7 +51,7 @@ class Allowance:
             free = f"{found} where {self.limit_bytes} bytes may be taken"
             fix = "Free some space; temporary files go where TMPDIR says"
             return DownloadError(what=what, expected="room to store it", found=free, fix=fix)
-        if self.layers is None:
+        if self.layers is None or self.most_bytes < self.needed_bytes:
             expected, fix = f"at most {self.most_bytes} bytes", "Set the client's max_download_bytes if it is right"
             return DownloadError(what=what, expected=expected, found=found, fix=fix, status=413)
         return AggregateRejectedError(
@@ -61,23 +63,26 @@ class Allowance:
         )
 
 
-def allow(folder: str, layout: Layout | None, chosen_bytes: int | None) -> Allowance:
+def allow(folder: str | None, layout: Layout | None, chosen_bytes: int | None, in_memory_bytes: int = 0) -> Allowance:
     """Settle how long an aggregate may be.
 
     For a model: 16 bytes a value, 4 KiB a layer and 1 MiB, which is four times what float32 takes. Else 64 GiB. Never more
     than the user's own limit, nor than the disk has besides 256 MiB (or a twentieth of a disk below 5 GiB).
 
     Args:
-        folder: where it will be written.
+        folder: where it will be written; None where there is no such place.
         layout: of the model that it is for, if there is one.
         chosen_bytes: the user's own limit.
+        in_memory_bytes: up to this length it needs no disk.
     """
+    room = 0 if folder is None else room_in(folder)
+    room = None if room is None else max(room, in_memory_bytes)
     most = MOST_BYTES if chosen_bytes is None else chosen_bytes
     if layout is None:
-        return Allowance(most, room_in(folder))
+        return Allowance(most, room)
     values = sum(math.prod(layer.shape) for layer in layout)
     needed = _BYTES_A_VALUE * values + _BYTES_A_LAYER * len(layout) + _BYTES_AN_ARCHIVE
-    return Allowance(needed if chosen_bytes is None else min(needed, chosen_bytes), room_in(folder), len(layout))
+    return Allowance(min(needed, most), room, len(layout), needed)
 
 
 def room_in(folder: str) -> int | None:
@@ -85,5 +90,7 @@ def room_in(folder: str) -> int | None:
     try:
         disk = os.statvfs(folder)
     except (OSError, AttributeError):  # no such folder, or not on this system
+        return None
+    if not disk.f_blocks:  # a file system that counts nothing, such as ramfs
         return None
     return max(0, disk.f_bavail * disk.f_frsize - min(_RESERVE_BYTES, disk.f_blocks * disk.f_frsize // 20))

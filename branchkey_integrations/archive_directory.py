@@ -80,13 +80,19 @@ def find_directory(read_at: ReadAt, size: int) -> Directory:
     end = size - len(tail) + at
     if comment != size - end - END.size or disk or first_disk or on_disk != count:
         raise broken("a damaged end record")
-    if count == MAX16 or length == MAX32 or offset == MAX32:
+    # Python's zipfile writes no 64-bit record for just as many members as the field can tell.
+    if length == MAX32 or offset == MAX32 or (count == MAX16 and _has_end64(read_at, end)):
         end, count, length, offset = _read_end64(read_at, end)
     if count > MAX_MEMBERS:
         raise broken(f"{count} members", expected=f"at most {MAX_MEMBERS} members")
     if offset + length != end or length > _MAX_DIRECTORY_BYTES or length < count * CENTRAL.size:
         raise broken("a directory that does not lie where the end record says")
     return Directory(count, offset, length)
+
+
+def _has_end64(read_at: ReadAt, end: int) -> bool:
+    at = end - LOCATOR64.size
+    return at >= 0 and read_at(at, 4) == LOCATOR64_MARK
 
 
 def _read_end64(read_at: ReadAt, end: int) -> tuple[int, int, int, int]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, cast
 
 #: Read back from the system's cache at a time.
 _PIECE_BYTES = 256 * 1024
@@ -33,7 +35,12 @@ class Follower:
 
     def reached(self, end: int) -> None:
         """Say up to where the file is as it will stay, all of it handed to the system."""
-        self._turns.append(self._pool.submit(self._hash, self._given, end))
+        try:
+            self._turns.append(self._pool.submit(self._hash, self._given, end))
+        except RuntimeError:
+            # The main thread has ended while another one goes on training: Python begins no threads from then on.
+            self.digest()
+            self._hash(self._given, end)
         self._given = end
 
     def digest(self) -> bytes:
@@ -62,9 +69,7 @@ class Follower:
 
 def can_follow(file: object) -> int | None:
     """Give the descriptor by which a thread can follow the writing of a file; None where it cannot."""
-    if not hasattr(os, "preadv"):
+    # Wrappers may pass the descriptor on and the bytes not.
+    if not hasattr(os, "preadv") or type(file) not in (io.BufferedRandom, io.FileIO):
         return None
-    try:
-        return int(file.fileno())  # type: ignore[attr-defined]
-    except (AttributeError, OSError):  # io.UnsupportedOperation is one
-        return None
+    return int(cast(Any, file).fileno())

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import tempfile
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,8 +37,14 @@ class Kept:
             total += size
         self._crcs: dict[int, int] = {}
         self._file: Any = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - close() closes it
+        # An archive on a file of the user's had nothing to close so far; nobody is to be warned of this one.
+        weakref.finalize(self, self._file.close)
         try:
             descriptor = self._file.fileno()
+            if _lies_in_memory(descriptor):
+                raise OSError(
+                    errno.ENOTSUP, "temporary files lie in memory here, where a copy costs what it is to save"
+                )
             room = os.fstatvfs(descriptor)
             if room.f_bavail * room.f_frsize < 2 * total:
                 raise OSError(errno.ENOSPC, "it would take more than half of what is free")
@@ -149,6 +156,20 @@ class Reader:
     def _lost(self, found: str) -> ArchiveError:
         self._kept.forget(self._key)
         return broken(found, what=self._name, expected="what was unpacked to a temporary file")
+
+
+def _lies_in_memory(descriptor: int) -> bool:
+    """Tell whether a file is of a file system that keeps it in memory, as far as Linux tells (see proc(5), mountinfo)."""
+    device = os.fstat(descriptor).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="replace") as lines:
+            return any(
+                line.split()[2] == number and line.partition(" - ")[2].split()[:1] in (["tmpfs"], ["ramfs"])
+                for line in lines
+            )
+    except OSError:
+        return False
 
 
 def keep(sizes: Mapping[int, int]) -> Kept | None:

@@ -7,7 +7,7 @@
     ├── WeightingError       ValueError  a weighting that must not leave the site
     ├── ArchiveError         ValueError  a file that is not a sound NPZ of layers
     ├── LayoutError          ValueError  layers that do not fit the model
-    ├── MixedModelError                  the disk failed in the middle of loading; the model is a mixture
+    ├── MixedModelError                  disk or memory failed in the middle of loading; the model is a mixture
     ├── TransportError                   the request got no usable answer
     │   ├── UnreachableError ConnectionError  nothing was sent: name, route, proxy or refused connection
     │   ├── TLSError                     the certificate or the handshake was refused
@@ -120,7 +120,7 @@ class LayoutError(BranchKeyError, ValueError):
 
 
 class MixedModelError(BranchKeyError):
-    """The disk failed while a checked aggregate was unpacked into the model, which now holds layers of both."""
+    """Disk or memory failed while a checked aggregate was put into the model, which now holds layers of both."""
 
 
 class TransportError(BranchKeyError):

@@ -105,7 +105,7 @@ def opened(
         AggregateRejectedError: too long, or another number of layers.
         DownloadError, ArchiveError: it cannot be had, or is no sound archive.
     """
-    allowed = allow(tempfile.gettempdir(), layout, max_bytes)
+    allowed = allow(_temporary_folder(), layout, max_bytes, _SMALL_BYTES)
     with _scratch(f"aggregate {identifier}", _SMALL_BYTES) as file:
         archive = _fetched(api, identifier, file, quarantine, allowed)
         try:
@@ -185,6 +185,13 @@ def store(api: Api, identifier: str, folder: str, max_bytes: int | None = None) 
             fix="Free some space, or pass another output_dir",
         ) from error
     return path
+
+
+def _temporary_folder() -> str | None:
+    try:
+        return tempfile.gettempdir()
+    except OSError:  # nowhere may be written
+        return None
 
 
 def _scratch(what: str, in_memory_bytes: int = 0) -> BinaryIO:

@@ -9,7 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from branchkey_integrations.archive import Archive
-from branchkey_integrations.errors import AggregateRejectedError, ArchiveError, BranchKeyError, LayoutError
+from branchkey_integrations.errors import (
+    AggregateRejectedError,
+    ArchiveError,
+    BranchKeyError,
+    DownloadError,
+    LayoutError,
+    MixedModelError,
+)
 from branchkey_integrations.gate import Gate
 from branchkey_integrations.outcome import LeafClient
 from branchkey_integrations.parameters import Layout, ParameterStore
@@ -61,8 +68,6 @@ def _load(
 ) -> float:
     small = sum(header.nbytes for header in archive.headers) <= HELD_BYTES
     layers: Sequence[np.ndarray] = list(archive) if small else archive
-    if not small:
-        archive.keep_unpacked()
     norm = gate.check(aggregation_id, layers, layout, reference_norm)
     before = gate.score()
     kept = store.read() if before is not None else None
@@ -70,6 +75,13 @@ def _load(
         store.write(layers)
     except LayoutError as error:
         raise rejected(aggregation_id, error) from error
+    except BaseException as error:
+        mixed = isinstance(error, MixedModelError)
+        if kept is not None and (mixed or not isinstance(error, BranchKeyError)):
+            store.write(kept)
+            if mixed:
+                raise _not_loaded(aggregation_id, error) from error
+        raise
     if kept is not None:
         try:
             gate.check_score(aggregation_id, before, gate.score())
@@ -78,6 +90,15 @@ def _load(
             store.write(kept)
             raise
     return norm
+
+
+def _not_loaded(aggregation_id: str, error: BaseException) -> DownloadError:
+    return DownloadError(
+        what=f"aggregate {aggregation_id}",
+        expected="one that can be loaded whole",
+        found=getattr(error, "found", ""),
+        fix="The weights from before were put back; it can be collected again",
+    )
 
 
 def name_layer(error: BranchKeyError, layout: Layout | None) -> None:

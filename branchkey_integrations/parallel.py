@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar, cast
 
 #: Below this a second thread costs more than it saves (measured: a third of the time more for 60,000 parameters).
@@ -22,6 +22,18 @@ def cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on this system
         return os.cpu_count() or 1
+
+
+def _begun(pool: ThreadPoolExecutor, task: Callable[[], None], count: int) -> list[Future[None]]:
+    """Begin a task in several threads, or do it here where no thread can be begun any more."""
+    begun = []
+    try:
+        for _ in range(count):
+            begun.append(pool.submit(task))
+    except RuntimeError:
+        # The main thread has ended while another one goes on training: Python begins no threads from then on.
+        task()
+    return begun
 
 
 def over_layers(sizes: Sequence[int], work: Callable[[int], _T], *, alone: bool = False) -> list[_T]:
@@ -59,7 +71,7 @@ def over_layers(sizes: Sequence[int], work: Callable[[int], _T], *, alone: bool 
 
     with ThreadPoolExecutor(count, "branchkey-layers") as pool:
         try:
-            wait([pool.submit(take_turns) for _ in range(count)])
+            wait(_begun(pool, take_turns, count))
         finally:
             # Also when an interrupt ends the waiting: what runs goes on to the end of its layer, the rest is not begun.
             stopped.set()

@@ -33,6 +33,9 @@ def screen(arrays: Sequence[np.ndarray], layout: Layout, *, finite: bool = True)
     headers = headers_of(arrays)
     layout.check_headers(headers)
     archive = arrays if isinstance(arrays, Archive) else None
+    if archive is not None and archive.private:
+        # Not sooner: a header may claim any shape, and the copy takes the room that it claims.
+        archive.keep_unpacked()
 
     def look(index: int) -> float:
         total, values, bad = 0.0, 0, 0

@@ -386,7 +386,7 @@ def _on_disk(action: str) -> Iterator[None]:
 
 def _warned_already(url: str) -> None:
     """Silence urllib3's warning a request for a host whose certificate the user chose not to check; the client warned."""
-    host = re.escape(str(urlsplit(url).hostname))
-    warnings.filterwarnings(
-        "ignore", message=f".*request is being made to host '{host}'", category=InsecureRequestWarning
-    )
+    message = f".*request is being made to host '{re.escape(str(urlsplit(url).hostname))}'"
+    # Each new filter makes Python forget which warnings it has shown, those of others among them.
+    if not any(getattr(entry[1], "pattern", None) == message for entry in warnings.filters):
+        warnings.filterwarnings("ignore", message=message, category=InsecureRequestWarning)

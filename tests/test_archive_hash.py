@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
+import subprocess
+import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -116,3 +118,52 @@ def test_a_file_that_cannot_be_read_back_is_named(
         write_archive(tmp_path / "a.npz", _LAYERS, 3.0)
     assert (_followers(), list(tmp_path.iterdir())) == ([], [])
     assert followed
+
+
+def test_a_wrapper_that_changes_bytes_is_hashed_as_it_reads(followed: list[int], tmp_path: Path) -> None:
+    class Turned:
+        """Store each byte turned round, and pass the descriptor on as wrappers do."""
+
+        def __init__(self, file: Any) -> None:
+            self._file = file
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._file, name)
+
+        def write(self, data: Any) -> int:
+            return int(self._file.write((~np.frombuffer(data, np.uint8)).tobytes()))
+
+        def read(self, count: int) -> bytes:
+            return bytes((~np.frombuffer(self._file.read(count), np.uint8)).tobytes())
+
+    with open(tmp_path / "turned", "x+b") as file:
+        target: Any = Turned(file)
+        info = write_archive(target, _LAYERS, 3.0)
+        target.seek(0)
+        assert info.sha256 == hashlib.sha256(target.read(info.size_bytes)).digest()
+    assert followed == []
+
+
+def test_when_no_thread_can_be_begun_any_more_all_is_done_in_line(tmp_path: Path) -> None:
+    # Python begins no threads once the main thread has ended, while a training in another one may go on.
+    script = f"""
+import threading, hashlib, numpy as np
+from branchkey_integrations import archive_write, parallel
+from branchkey_integrations.archive import Archive, write_archive
+from branchkey_integrations.parameters import LayerSpec, Layout
+from branchkey_integrations.screening import screen
+parallel.cores = archive_write.cores = lambda: 2
+
+def train():
+    threading.main_thread().join()
+    layers = [np.arange(2_000_000, dtype="f4"), np.ones(900_000, "f4")]
+    info = write_archive({str(tmp_path / "a.npz")!r}, layers, 1.0)
+    assert info.sha256 == hashlib.sha256(open({str(tmp_path / "a.npz")!r}, "rb").read()).digest()
+    with Archive.open({str(tmp_path / "a.npz")!r}) as archive:
+        screen(archive, Layout(tuple(LayerSpec(str(i), each.shape, "float32") for i, each in enumerate(layers))))
+    print("done", flush=True)
+
+threading.Thread(target=train).start()
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.stdout, ended.stderr) == ("done\n", "")

@@ -7,6 +7,7 @@ import io
 import os
 import tempfile
 import zipfile
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -201,4 +202,32 @@ def test_a_disk_that_fails_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
             patched.setattr(os, "preadv", fail)
             with pytest.raises(ArchiveError, match="found Input/output error"):
                 archive[0]
+        assert _same(archive)
+
+
+@pytest.mark.parametrize(("kind", "kept"), [("tmpfs", False), ("ramfs", False), ("ext4", True)])
+def test_nothing_is_kept_where_temporary_files_lie_in_memory(
+    kind: str, kept: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    device = os.stat(tempfile.gettempdir()).st_dev
+    number = f"{os.major(device)}:{os.minor(device)}"
+    table = f"22 1 0:5 / /dev rw - tmpfs tmpfs rw\n36 1 {number} / / rw,noatime shared:1 - {kind} /dev/root rw\n"
+    (tmp_path / "mountinfo").write_text(table)
+    before = open
+
+    def opened(path: Any, *args: Any, **options: Any) -> Any:
+        return before(tmp_path / "mountinfo" if path == "/proc/self/mountinfo" else path, *args, **options)
+
+    monkeypatch.setattr("builtins.open", opened)
+    with _open() as archive:
+        _first_pass(archive)
+        assert (archive._kept is not None) is kept
+        assert _same(archive)
+
+
+def test_on_a_real_file_system_in_memory_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", "/dev/shm")
+    with _open() as archive:
+        _first_pass(archive)
+        assert archive._kept is None
         assert _same(archive)

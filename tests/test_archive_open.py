@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import tracemalloc
+import zipfile
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -346,3 +347,12 @@ def test_a_directory_holds_as_many_entries_as_the_end_record_says(said: int) -> 
     count = said.to_bytes(2, "little")
     with pytest.raises(ArchiveError, match=r"a directory with (fewer|more) entries than the end record says"):
         opened(patched(data, (END, 8, count + count)))
+
+
+def test_as_many_members_as_the_short_end_record_can_tell_are_no_sign_of_a_long_one() -> None:
+    # Python's zipfile writes the long one for more than 65,535 only.
+    buffer, one = io.BytesIO(), npy(header(), bytes(8))
+    with zipfile.ZipFile(buffer, "w") as file:
+        for index in range(65_535):
+            file.writestr(f"layer_{index}.npy", one)
+    assert len(opened(buffer.getvalue())) == 65_535

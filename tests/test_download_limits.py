@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from branchkey_integrations import allowance
 from branchkey_integrations.allowance import Allowance, allow
 from branchkey_integrations.archive import write_archive
 from branchkey_integrations.client import Client
-from branchkey_integrations.errors import AggregateRejectedError, ArchiveError, DownloadError
+from branchkey_integrations.errors import ArchiveError, DownloadError
 from branchkey_integrations.parameters import LayerSpec, Layout
 from branchkey_integrations.sandbox import Answer, Sandbox
 from tests.support.archives import npz
@@ -162,15 +163,6 @@ def test_a_file_is_not_stored_beyond_the_limit_of_the_user(
     assert np.array_equal(np.load(client.file_download(identifier))["layer_0"], GOOD[0])
 
 
-def test_the_limit_of_the_user_counts_for_models_too(sandbox: Sandbox, client: Client) -> None:
-    client.max_download_bytes = 100
-    engine = engine_of(client)
-    engine.submit(small_store(), samples=1)
-    identifier = sandbox.publish(GOOD)
-    with pytest.raises(AggregateRejectedError, match=f"{identifier}: expected at most 100 bytes for a model"):
-        engine.collect(small_store())
-
-
 def test_what_the_disk_cannot_take_is_not_begun_and_can_be_had_later(
     sandbox: Sandbox, client: Client, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -180,6 +172,7 @@ def test_what_the_disk_cannot_take_is_not_begun_and_can_be_had_later(
     identifier = sandbox.publish(GOOD)
     with monkeypatch.context() as full:
         full.setattr(allowance, "room_in", lambda _: 100)
+        full.setattr("branchkey_integrations.exchange._SMALL_BYTES", 0)
         outcome = engine.collect(store)
         assert outcome.status == "skipped"
         assert f"aggregate {identifier}: expected room to store it, found " in outcome.reason
@@ -295,3 +288,40 @@ def test_damage_in_a_value_is_found_before_a_file_has_its_name(
     with sandbox.intercept("object", damaged), pytest.raises(ArchiveError, match=r"layer_0: .*CRC"):
         client.file_download(identifier)
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_small_aggregate_needs_no_disk(sandbox: Sandbox, client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    identifier = sandbox.publish(GOOD)
+
+    def nowhere() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr("tempfile.gettempdir", nowhere)
+    assert client.load_aggregation(identifier)[1].tolist() == [5, 5, 5]
+    large = sandbox.publish([np.zeros(400_000, "f4") + np.arange(400_000, dtype="f4") ** 1.5])
+    with pytest.raises(DownloadError, match="room to store it"):
+        client.load_aggregation(large)
+    monkeypatch.undo()
+    monkeypatch.setattr(allowance, "room_in", lambda _: 0)
+    assert client.load_aggregation(identifier)[1].tolist() == [5, 5, 5]
+
+
+def test_a_file_system_that_counts_nothing_sets_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = SimpleNamespace(f_blocks=0, f_bavail=0, f_frsize=4096)
+    monkeypatch.setattr("os.statvfs", lambda _: nothing)
+    assert allowance.room_in("/") is None
+    assert allow("/", None, None).limit_bytes == allowance.MOST_BYTES
+
+
+def test_a_limit_of_the_user_says_nothing_against_an_aggregate(sandbox: Sandbox, client: Client) -> None:
+    store = small_store()
+    engine = engine_of(client, on_error="keep_local")
+    engine.submit(store, samples=1)
+    identifier = sandbox.publish(GOOD)
+    client.max_download_bytes = 100
+    outcome = engine.collect(store)
+    assert (outcome.status, engine.pending) == ("skipped", True)
+    assert f"aggregate {identifier}: expected at most 100 bytes" in outcome.reason
+    assert "Set the client's max_download_bytes" in outcome.reason
+    client.max_download_bytes = None
+    assert (engine.collect(store).aggregation_id, store.arrays["bias"][0]) == (identifier, 5)

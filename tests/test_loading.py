@@ -12,7 +12,7 @@ import pytest
 
 from branchkey_integrations import deflate
 from branchkey_integrations.archive import Archive
-from branchkey_integrations.errors import AggregateRejectedError
+from branchkey_integrations.errors import AggregateRejectedError, DownloadError, MixedModelError
 from branchkey_integrations.gate import Gate
 from branchkey_integrations.loading import HELD_BYTES, fetch
 from tests.support.archives import npz
@@ -99,3 +99,45 @@ def test_a_metric_that_falls_puts_the_old_weights_back_whatever_the_size(size: i
     with pytest.raises(AggregateRejectedError, match="your metric"):
         fetch(_Served(npz({"layer_0": values})), store, "agg-1", gate, None)  # type: ignore[arg-type]
     assert (store.writes, store.image) == (2, np.ones_like(values).tobytes())
+
+
+def test_no_room_is_taken_for_what_headers_claim_and_the_model_does_not_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    reserved: list[int] = []
+    monkeypatch.setattr("os.posix_fallocate", lambda _, __, size: reserved.append(size))
+    for claimed, error in (((3 * _LARGEST_HELD,), "expected shape"), ((_LARGEST_HELD + 1,), None)):
+        content = npz({"layer_0": np.zeros(claimed, "f4")})
+        store = NumpyStore(weight=np.ones(_LARGEST_HELD + 1, "f4"))
+        if error is None:
+            _fetch(_Served(content), store)
+        else:
+            with pytest.raises(AggregateRejectedError, match=error):
+                _fetch(_Served(content), store)
+    assert reserved == [4 * (_LARGEST_HELD + 1)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "raised", "message"),
+    [
+        (
+            MixedModelError(what="model", found="some layers"),
+            DownloadError,
+            "found some layers. The weights from before",
+        ),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+        (MemoryError(), MemoryError, None),
+    ],
+)
+def test_who_keeps_the_old_weights_for_a_metric_has_them_back_when_loading_fails(
+    fault: BaseException, raised: type[BaseException], message: str | None
+) -> None:
+    class Half(NumpyStore):
+        def write(self, arrays: Sequence[np.ndarray]) -> None:
+            super().write(arrays)
+            if self.writes == 1:
+                raise fault
+
+    store = Half(weight=np.ones(100, "f4"))
+    gate = Gate(max_metric_drop=0.5, metric=lambda: 1.0)
+    with pytest.raises(raised, match=message):
+        fetch(_Served(npz({"layer_0": _values(100)})), store, "agg-1", gate, None)  # type: ignore[arg-type]
+    assert store.image == np.ones(100, "f4").tobytes()

@@ -93,7 +93,7 @@ class KerasParameters:
 
         Raises:
             LayoutError: count, shape, dtype or range does not fit.
-            MixedModelError: the disk failed while an archive was assigned layer by layer.
+            MixedModelError: disk or memory failed while an archive was assigned layer by layer.
         """
         selected = self._select()
         layout = _layout(selected)

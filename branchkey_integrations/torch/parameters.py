@@ -120,7 +120,7 @@ class TorchParameters:
         Raises:
             LayoutError: count, shape, dtype or range does not fit.
             ConfigurationError: as :meth:`layout`.
-            MixedModelError: the disk failed while an archive was unpacked in place.
+            MixedModelError: disk or memory failed while an archive was put in place.
         """
         selected = self._select()
         layout = _layout(selected)

@@ -70,6 +70,9 @@ def load_in_place(layout: Layout, tensors: Sequence[Tensor], archive: Archive) -
     """
     # Tensors that share memory are written in order, so that the last one wins as it does elsewhere.
     alone = len({tensor.untyped_storage().data_ptr() for tensor in tensors}) < len(tensors)
+    for device in {tensor.device for tensor in tensors if tensor.device.type == "cuda"}:
+        # The threads copy on streams of their own; what training has queued on this one must not land behind them.
+        torch.cuda.current_stream(device).synchronize()
     in_place.load_in_place(layout, archive, lambda index: _fill(tensors[index], archive, index), alone=alone)
 
 

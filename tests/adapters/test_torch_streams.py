@@ -304,3 +304,34 @@ def test_a_disk_that_fails_after_the_check_leaves_an_error_of_its_own(monkeypatc
     monkeypatch.undo()
     store.write(archive)  # what the message says: collecting it again mends the model
     assert same(values(model), [torch.from_numpy(each) for each in WANTED])
+
+
+def failing_with(monkeypatch, *errors):
+    """Raise these, one a pass, when the third layer is filled."""
+    left = list(errors)
+    original = under_test._fill
+
+    def fill(tensor, archive, index):
+        if index == 2 and left:
+            raise left.pop(0)
+        original(tensor, archive, index)
+
+    monkeypatch.setattr(under_test, "_fill", fill)
+
+
+def test_an_interrupt_is_not_forgotten_over_a_disk_that_fails_once(monkeypatch):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    failing_with(monkeypatch, KeyboardInterrupt(), ArchiveError(what="layer_2"))
+    with pytest.raises(KeyboardInterrupt):
+        TorchParameters(model).write(private(WANTED))
+    assert same(values(model), [torch.from_numpy(each) for each in WANTED])
+
+
+def test_memory_that_runs_out_is_not_called_a_disk(monkeypatch):
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    failing_with(monkeypatch, *[torch.OutOfMemoryError("CUDA out of memory")] * 3)
+    with pytest.raises(MixedModelError, match=r"loading ended in OutOfMemoryError, 3 times.*check memory and device"):
+        TorchParameters(model).write(private(WANTED))
+    monkeypatch.undo()
+    TorchParameters(model).write(private(WANTED))
+    assert same(values(model), [torch.from_numpy(each) for each in WANTED])
