@@ -34,7 +34,7 @@ from branchkey_integrations.credentials import Credentials, CredentialsSource
 from branchkey_integrations.errors import ApiError, BranchKeyError
 from branchkey_integrations.events import AggregateReady, Mailbox, Notification, RunStatusChanged, check_aggregation_id
 from branchkey_integrations.link import Link, check_compression
-from branchkey_integrations.outcome import Note, UploadReceipt
+from branchkey_integrations.outcome import Note, UploadReceipt, telling
 from branchkey_integrations.parameters import Layout
 from branchkey_integrations.quarantine import quarantine_of
 from branchkey_integrations.run_state import RunState
@@ -245,8 +245,7 @@ class Client:
             arrays: the layers, in the model's order.
             weighting: influence of this update, above zero.
             metadata: JSON values that travel in the upload's metadata.
-            note: called with a step, digest and length: ``"sending"`` before the first byte of each try, ``"posted"``
-                before the last, when the platform may have everything.
+            note: called with a step, digest and length: when the run takes it, before its first byte, before its last.
         """
         weight = check_weighting(weighting)
         choice = exchange.choose(self._compression, self._link, arrays)
@@ -262,11 +261,12 @@ class Client:
         note: Note | None,
         compression: str = "",
     ) -> str:
-        noted = None if note is None else lambda step: note(step, info.digest, info.size_bytes)
+        noted = telling(note, info.digest, info.size_bytes)
         while True:
             self._run.require_started(self.wait_for_run, self.run_check_interval_s, self._require_open)
             started = time.monotonic()
             try:
+                noted("ready")
                 file_id = self._api.upload(file, info, filename, metadata or {}, noted)
                 break
             except ApiError as error:

@@ -221,6 +221,12 @@ class Mailbox:
         with self._changed:
             return self._newest is None
 
+    @property
+    def newest(self) -> str | None:
+        """The id that waits; None if there is none."""
+        with self._changed:
+            return self._newest
+
     def qsize(self) -> int:
         """Give the number of ids that wait: 0 or 1."""
         return 0 if self.empty() else 1

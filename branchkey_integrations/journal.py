@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -27,6 +28,8 @@ logger = logging.getLogger("branchkey_integrations.journal")
 
 #: A file of more lines is written anew without what does not count any more; a round makes about five.
 MOST_LINES = 10_000
+#: How long a journal that another process holds is waited for, and how often it is asked for, in seconds.
+PATIENCE_S, _AGAIN_S = 30.0, 0.25
 
 
 class Journal:
@@ -58,13 +61,25 @@ class Journal:
         self._lines = 0
         self._most_lines = MOST_LINES
         self._taken_over = False
-        with journal_lock.alone():
-            self._file = self._open(folder)
+        until, told = time.monotonic() + PATIENCE_S, False
+        while True:
             try:
-                self._read()
-            except BaseException:
-                self.close()
-                raise
+                with journal_lock.alone():
+                    self._file = self._open(folder)
+                    try:
+                        self._read()
+                    except BaseException:
+                        self.close()
+                        raise
+                return
+            except journal_lock.HeldElsewhereError as error:
+                # A job that is started again may meet the one before, which is still ending.
+                if time.monotonic() > until:
+                    raise _held_elsewhere(self.path) from error
+                if not told:
+                    told = True
+                    logger.warning("journal %s: another process holds it; waiting %g s for it", self.path, PATIENCE_S)
+                time.sleep(_AGAIN_S)
 
     # --- what is known -----------------------------------------------------------------------------------------------
 
@@ -158,13 +173,17 @@ class Journal:
 
     def close(self) -> None:
         """Let go of the file. May be repeated."""
-        with self._lock:
-            self._file.close()
-        journal_lock.release(self._lock_path, self)
+        try:
+            with self._lock:
+                self._file.close()
+        finally:
+            journal_lock.release(self._lock_path, self)
 
     def __del__(self) -> None:
         if hasattr(self, "_file"):
-            self.close()
+            # The collector may run while this thread or another one is in the middle of a step.
+            self._file.close()
+            journal_lock.release(self._lock_path, self, at_once=True)
 
     def hand_over(self) -> None:
         """Let a newer journal of this process have the file; from now on a step that is to be noted raises."""
@@ -191,13 +210,6 @@ class Journal:
             except BaseException:
                 journal_lock.release(self._lock_path, self)
                 raise
-        except journal_lock.HeldElsewhereError as error:
-            raise ConfigurationError(
-                what=f"journal {self.path}",
-                expected="one process at a time that trains as this leaf",
-                found="another one that holds it",
-                fix="End the other process, or give this one the credentials of another leaf or another journal folder",
-            ) from error
         except OSError as error:
             raise _unusable(self.path, "be opened", error) from error
 
@@ -330,6 +342,15 @@ def _keep_entry(folder: str) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _held_elsewhere(path: str) -> ConfigurationError:
+    return ConfigurationError(
+        what=f"journal {path}",
+        expected="one process at a time that trains as this leaf",
+        found="another one that holds it",
+        fix="End the other process, or give this one the credentials of another leaf or another journal folder",
+    )
 
 
 def _unusable(path: str, what: str, error: OSError) -> JournalError:

@@ -90,9 +90,15 @@ def take(path: str, holder: Holder) -> bool:
         raise HeldElsewhereError
 
 
-def release(path: str, holder: Holder) -> None:
-    """Let go of the lock and take its file away, unless a newer holder has it. May be repeated."""
-    with _guard:
+def release(path: str, holder: Holder, *, at_once: bool = False) -> None:
+    """Let go of the lock and take its file away, unless a newer holder has it. May be repeated.
+
+    Args:
+        at_once: do so only if no other thread is about to take or release a lock; who takes this one next tidies up.
+    """
+    if not _guard.acquire(blocking=not at_once):
+        return
+    try:
         name = os.path.realpath(path)
         for held in [each for each in _held if name == each.name and each.holder() in (holder, None)]:
             # First, so that who locks it next finds that it is not the file any more. Windows refuses while it is open.
@@ -100,6 +106,8 @@ def release(path: str, holder: Holder) -> None:
                 with contextlib.suppress(OSError):
                     os.unlink(path)
             _let_go(held)
+    finally:
+        _guard.release()
 
 
 def _let_go(held: _Held) -> None:

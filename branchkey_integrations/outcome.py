@@ -24,8 +24,13 @@ class UploadReceipt:
     compression: str = ""
 
 
-#: Called with a step of an upload (``"sending"``, ``"posted"``), the archive's digest and its length in bytes.
+#: Called with a step of an upload (``"ready"``, ``"sending"``, ``"posted"``), the archive's digest and its length in bytes.
 Note = Callable[[str, str, int], None]
+
+
+def telling(note: Note | None, digest: str, size_bytes: int) -> Callable[[str], None]:
+    """Give what tells of the steps of one archive's upload; to nobody where ``note`` is None."""
+    return lambda step: None if note is None else note(step, digest, size_bytes)
 
 
 class LeafClient(Protocol):
@@ -172,3 +177,5 @@ class PendingRound:
 
     #: See :class:`UploadReceipt`.
     compression: str = ""
+    #: Number of the run that it was sent in; None: not known.
+    run: int | None = None

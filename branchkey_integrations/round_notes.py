@@ -153,8 +153,8 @@ class RoundNotes:
         for heard in journal.heard:
             if heard != journal.unread:
                 queue.forget_before(heard)
-        if journal.unread is not None:
-            # What this process has heard is newer.
+        if journal.unread is not None and getattr(queue, "newest", None) != journal.unread:
+            # What this process has heard is newer, unless the platform has sent the same one again.
             (queue.put if queue.empty() else queue.forget_before)(journal.unread)
         known = set(journal.heard)
         if hasattr(queue, "observe"):

@@ -58,6 +58,7 @@ class RoundState:
                 "uploaded_bytes": pending.uploaded_bytes,
                 "aggregation_id": pending.aggregation_id,
                 "waits": pending.waits,
+                "run": pending.run,
             },
         }
 

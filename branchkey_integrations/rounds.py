@@ -38,9 +38,7 @@ from branchkey_integrations.uploading import Update, Uploader
 
 logger = logging.getLogger("branchkey_integrations.rounds")
 
-_TOO_LONG = (
-    "Other leaves may be missing; raise timeout_s, or pass wait=False or on_error='keep_local' to train on without"
-)
+_TOO_LONG = "Other leaves may be missing; raise timeout_s, or train on with wait=False or on_error='keep_local'"
 _WAITS = "it waits on the disk until the platform can be reached; local weights are kept"
 
 
@@ -80,6 +78,8 @@ class RoundEngine:
             self._note_in(folder)
 
     def _note_in(self, folder: str | None) -> None:
+        # A script may change its working directory; the journal stays where it is.
+        folder = folder and os.path.abspath(folder)
         self._notes = RoundNotes(self.client, folder)
         limit = self.options.spool_bytes
         waits = folder and limit and self.options.on_error == "keep_local"
@@ -88,8 +88,10 @@ class RoundEngine:
 
     def close(self) -> None:
         """End what is sent beside training, and let go of the journal; the client stays open. May be repeated."""
-        self._uploader.close()
-        self._notes.close()
+        try:
+            self._uploader.close()
+        finally:
+            self._notes.close()
 
     @property
     def pending(self) -> bool:
@@ -181,6 +183,11 @@ class RoundEngine:
             finally:
                 if update is None and waits is not None and waits.waits:
                     self._pending = waits
+        except BaseException:
+            # An interrupt before the platform can have all of it: nothing is to be waited for.
+            if self.options.wait and not self._uploader.posted:
+                self._pending = None
+            raise
         return self._note(self._outcome("pending"))
 
     def _hear_of_sent(self) -> None:
@@ -244,6 +251,8 @@ class RoundEngine:
             waited = time.monotonic() - started
             if self.client.run_status == STOPPED:
                 return self._finish("stopped", waited_s=waited, reason="the run was stopped")
+            if self._pending is not None and self._is_over(self._pending):
+                return self._finish("skipped", waited_s=waited, reason="the run that it was sent in is over")
             if not waiting:
                 status = "skipped" if self._pending is None else "pending"
                 return self._note(self._outcome(status, waited_s=waited, reason="no new aggregate has come yet"))
@@ -299,8 +308,15 @@ class RoundEngine:
             # Whatever is new and was not loaded yet will do, be it the answer to an earlier update.
             return self.client.wait_for_aggregation(0)
         return self.client.wait_for_aggregation(
-            self.options.timeout_s, newer_than=pending.mark, give_up=lambda: self.client.run_status == STOPPED
+            self.options.timeout_s,
+            newer_than=pending.mark,
+            give_up=lambda: self.client.run_status == STOPPED or self._is_over(pending),
         )
+
+    def _is_over(self, pending: PendingRound) -> bool:
+        """Tell whether another run has begun since a round was sent: no aggregate of it will come any more."""
+        number = None if pending.run is None else getattr(self.client, "run_number", None)
+        return number is not None and number != pending.run
 
     # --- outcomes ----------------------------------------------------------------------------------------------------
 
@@ -367,7 +383,12 @@ class RoundEngine:
         if mirror:
             self._pending = found.pending
             return
-        pending = self._notes.resume(found.pending, found.fingerprint)
+        self._uploader.abandon()
+        waits = found.pending
+        if waits is not None and not waits.waits and self._is_over(waits):
+            logger.warning("round %d was sent in a run that is over, and is not waited for", waits.round)
+            waits = None
+        pending = self._notes.resume(waits, found.fingerprint)
         if pending is not None and pending is found.pending and pending.upload_id is None:
             # Nobody noted that it was sent. Beside training it may have begun to wait without a word here.
             taken_up = self._uploader.resume(pending.round, self._fingerprint)

@@ -29,6 +29,8 @@ logger = logging.getLogger("branchkey_integrations.rounds")
 FIRST_DELAY_S = 1.0
 LONGEST_DELAY_S = 60.0
 _CLOSING_S = 30.0
+#: For a thread that only waits; it looks up twice a second or when its request is over.
+_FAREWELL_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,19 @@ class Update:
     @property
     def pending(self) -> PendingRound:
         """The round while nothing is known of the upload."""
-        return PendingRound(self.round, self.mark, None, "", 0)
+        return PendingRound(self.round, self.mark, None, "", 0, run=self.run)
+
+
+@dataclass
+class _Departure:
+    """Say when an update really left: the moment among arriving aggregates, and the run that takes it."""
+
+    mark: int
+    run: int | None
+
+    def of(self, update: Update) -> Update:
+        """Give the update as it left."""
+        return replace(update, mark=self.mark, run=self.run)
 
 
 class Uploader:
@@ -75,6 +89,11 @@ class Uploader:
         self._notes = notes
         self._spool = spool
         self._waiting = False
+        #: Whether the platform may have all of the update that was sent last.
+        self.posted = False
+        self._closing = threading.Event()
+        self._under_way = False
+        self._step = threading.Lock()
         self._thread: Background[PendingRound | None] = Background("branchkey-upload")
 
     @property
@@ -92,7 +111,8 @@ class Uploader:
         return self._send(update, arrays, late=False)
 
     def _send(self, update: Update, arrays: Sequence[Any], *, late: bool) -> PendingRound:
-        note = self._noting(update, late=late)
+        departure = _Departure(update.mark, update.run)
+        note = self._noting(update, departure, late=late)
         try:
             upload_id = self._client.upload(arrays, update.weighting, metadata=_metadata(update), note=note)
         except UploadUncertainError:
@@ -100,7 +120,9 @@ class Uploader:
         except BranchKeyError:
             self._notes.not_sent(update.round)
             raise
-        return self._sent(update, upload_id)
+        finally:
+            self._under_way = False
+        return self._sent(departure.of(update), upload_id)
 
     def start(self, update: Update, arrays: Sequence[Any]) -> None:
         """Begin to send an update in a thread; ``arrays`` must not change. :meth:`take` gives what became of it."""
@@ -129,8 +151,25 @@ class Uploader:
         return self._thread.take()
 
     def close(self) -> None:
-        """End the thread. What it is sending gets half a minute."""
-        self._thread.stop(_CLOSING_S)
+        """End the thread. What it is sending gets half a minute; what only waits to be sent does not go any more."""
+        started = self._client.run_status == STARTED
+        with self._step:
+            # Packing is no waiting: what was given to be sent a moment ago still goes.
+            idle = not self._under_way and not started
+            if idle:
+                self._closing.set()
+        try:
+            self._thread.stop(_FAREWELL_S if idle else _CLOSING_S)
+        finally:
+            self._closing.set()
+            # Another training through this uploader may send again.
+            self._closing = threading.Event()
+
+    def abandon(self) -> None:
+        """End the thread, and forget what became of what it sent: the engine goes back to another moment."""
+        self.close()
+        # Where it still waits for the run it ends by itself, without sending.
+        self._thread = Background("branchkey-upload")
 
     # --- when there is no link -----------------------------------------------------------------------------------------
 
@@ -193,8 +232,8 @@ class Uploader:
             delay = min(2 * delay, LONGEST_DELAY_S)
             if spool.replaced(update.update_id):
                 return None
-            moment = replace(update, mark=self._client.mark())
-            note = self._noting(update, late=True)
+            departure = _Departure(self._client.mark(), update.run)
+            note = self._noting(update, departure, late=True)
             # Training that may not wait must not wait for this try either.
             self._waiting = False
             try:
@@ -213,28 +252,40 @@ class Uploader:
                 logger.info("round %d: its update still waits for the link: %s", update.round, error)
                 continue
             finally:
-                self._waiting = True
+                self._waiting, self._under_way = True, False
             spool.drop(update.update_id)
             # A warning said that it waits; whoever read that wants to know.
             logger.warning("round %d: the link is back and its update was sent", update.round)
-            return self._sent(moment, upload_id)
+            return self._sent(departure.of(update), upload_id)
         return None
 
     # --- what goes along with an upload, and follows it --------------------------------------------------------------
 
-    def _noting(self, update: Update, *, late: bool) -> Note:
+    def _noting(self, update: Update, departure: _Departure, *, late: bool) -> Note:
         """Give what the client calls in each step of an upload; ``late``: training may have gone on since it was made."""
-        noted = self._notes.of_upload(update.round, update.layout)
+        noted, closing = self._notes.of_upload(update.round, update.layout), self._closing
+        self.posted = False
 
         def note(step: str, digest: str, size_bytes: int) -> None:
+            if step == "ready":
+                # Not sooner: it may have waited for the run for hours, in which aggregates of others came.
+                departure.mark = self._client.mark()
+                with self._step:
+                    if late and closing.is_set():
+                        raise ClientClosedError(what=f"update of round {update.round}", fix="Its training was closed")
+                    self._under_way = late
+                return
             if step == "sending":
                 number = getattr(self._client, "run_number", None)
                 if late:
                     _require_its_run(update, number)
                 # The upload may have waited until a new run was started; the round is that run's then.
                 self._notes.follow(number)
+                departure.run = number
             if noted is not None:
                 noted(step, digest, size_bytes)
+            if step == "posted":
+                self.posted = True
 
         return note
 
@@ -251,6 +302,7 @@ class Uploader:
             receipt.digest if receipt else "",
             receipt.size_bytes if receipt else 0,
             compression=receipt.compression if receipt else "",
+            run=update.run,
         )
 
     def _report(self, about: str, numbers: Mapping[str, float], mode: str) -> None:

@@ -336,7 +336,8 @@ def test_each_field_of_the_long_end_records_counts(
         write_archive(buffer, [np.zeros(3), np.zeros(4)])
     data = patched(buffer.getvalue(), (END, 8, b"\xff\xff\xff\xff"))
     assert len(opened(data)) == 2
-    with pytest.raises(ArchiveError, match=r"found a damaged (64-bit )?end record"):
+    found = "found a (damaged (64-bit )?end record|directory that does not lie where the end record says)"
+    with pytest.raises(ArchiveError, match=found):
         opened(patched(data, (mark, offset, new)))
 
 

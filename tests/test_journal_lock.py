@@ -19,7 +19,20 @@ from branchkey_integrations import journal_lock
 from branchkey_integrations.errors import ConfigurationError
 from branchkey_integrations.journal import Journal
 
-PROGRAM = "import sys; from branchkey_integrations.journal import Journal; Journal(sys.argv[1], 'leaf', 'branch', 1)"
+PROGRAM = """
+import sys
+from branchkey_integrations import journal
+journal.PATIENCE_S = 0
+held = journal.Journal(sys.argv[1], "leaf", "branch", 1)
+if len(sys.argv) > 2:
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(journal_module, "PATIENCE_S", 0.0)
 
 
 class Holder:
@@ -57,6 +70,58 @@ def test_another_process_is_told_that_a_leaf_is_trained_already_and_by_what(tmp_
     assert elsewhere(tmp_path) == ""
 
 
+def test_a_process_that_is_still_ending_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path), "stay"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as before:
+        assert before.stdout is not None
+        assert before.stdout.readline() == b"held\n"
+        monkeypatch.setattr(journal_module, "PATIENCE_S", 60.0)
+        # It ends when somebody waits for it, and not sooner.
+        monkeypatch.setattr("time.sleep", lambda _: before.kill())
+        journal = opened(tmp_path)
+    assert "another process holds it; waiting 60 s for it" in caplog.text
+    journal.sending(1, "abc", "sha256=x", 10)
+    journal.close()
+
+
+def test_a_file_that_cannot_be_closed_does_not_keep_the_lock(tmp_path: Path) -> None:
+    class Stale:
+        def close(self) -> None:
+            raise OSError(errno.ESTALE, "Stale file handle")
+
+    journal = opened(tmp_path)
+    journal._file.close()
+    journal._file = Stale()  # type: ignore[assignment]
+    with pytest.raises(OSError, match="Stale"):
+        journal.close()
+    assert elsewhere(tmp_path) == ""
+    del journal._file
+
+
+def test_what_the_collector_finds_while_another_thread_takes_a_lock_is_left_to_the_next(tmp_path: Path) -> None:
+    journal = opened(tmp_path)
+    path = journal._lock_path
+    taken, over = threading.Event(), threading.Event()
+
+    def busy() -> None:
+        with journal_lock.alone():
+            taken.set()
+            over.wait(20)
+
+    other = threading.Thread(target=busy)
+    other.start()
+    assert taken.wait(20)
+    del journal
+    gc.collect()  # would wait for ever for a thread that in its turn waits for this one
+    over.set()
+    other.join()
+    assert os.path.exists(path)
+    opened(tmp_path).close()
+    assert not os.path.exists(path)
+
+
 def test_the_second_one_in_a_process_goes_on_and_the_first_is_told_at_its_next_step(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -88,7 +153,7 @@ def test_leaves_in_one_folder_do_not_disturb_each_other(tmp_path: Path) -> None:
 
 
 def test_a_killed_process_leaves_no_lock_behind(tmp_path: Path) -> None:
-    program = PROGRAM.replace("; Journal", "; held = Journal") + "; import os; os.kill(os.getpid(), 9)"
+    program = PROGRAM + "import os; os.kill(os.getpid(), 9)"
     child = subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=60, check=False)
     assert child.returncode == -9
     assert sorted(os.listdir(tmp_path)) == ["leaf.jsonl", "leaf.lock"]

@@ -245,7 +245,7 @@ def test_a_round_without_an_answer_says_which_and_what_can_be_done(client: Clien
                 engine.collect(store)
             assert str(caught.value) == (
                 f"aggregate of round {number}: expected one within 0.05 s, found none. Other leaves may be missing; raise "
-                "timeout_s, or pass wait=False or on_error='keep_local' to train on without"
+                "timeout_s, or train on with wait=False or on_error='keep_local'"
             )
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from branchkey_integrations.client import Client
 from branchkey_integrations.config import RetryPolicy
-from branchkey_integrations.errors import ApiError, JournalError, RoundTimeoutError
+from branchkey_integrations.errors import ApiError, ClientClosedError, JournalError, RoundTimeoutError
 from branchkey_integrations.journal import Journal
 from branchkey_integrations.options import RoundOptions
 from branchkey_integrations.rounds import RoundEngine
@@ -313,7 +313,7 @@ def test_rounds_after_the_run_was_started_anew_are_known_as_that_runs(tmp_path: 
 def test_nothing_is_sent_that_a_closed_journal_does_not_learn_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("branchkey_integrations.uploading._CLOSING_S", 0.05)
+    monkeypatch.setattr("branchkey_integrations.uploading._FAREWELL_S", 0.05)
     with Sandbox(leaves=1) as sandbox, Training(sandbox, 0, tmp_path).engine(wait=False) as engine:
         client: Any = engine.client
         client.wait_for_run = True
@@ -324,7 +324,7 @@ def test_nothing_is_sent_that_a_closed_journal_does_not_learn_of(
         assert engine._uploader._thread.busy
         sandbox.start()
         engine._uploader._thread.join(20)
-        with pytest.raises(JournalError, match="closed meanwhile"):
+        with pytest.raises(ClientClosedError, match=r"update of round 1\. Its training was closed"):
             engine._uploader.take()
         assert sandbox.uploads == []
 

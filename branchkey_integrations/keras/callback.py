@@ -72,6 +72,7 @@ class BranchKeyCallback(keras.callbacks.Callback):  # type: ignore[misc]  # kera
         self._display = RoundDisplay()
         self._shown = False
         self._epochs: EpochStates | None = None
+        self._remembered: int | None = None
         self._begun = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BranchKeyCallback:
@@ -84,6 +85,7 @@ class BranchKeyCallback(keras.callbacks.Callback):  # type: ignore[misc]  # kera
             "_display": RoundDisplay(),
             "_layout": None,
             "_epochs": None,
+            "_remembered": None,
             "_model": None,
             "params": None,
         }
@@ -204,6 +206,9 @@ class BranchKeyCallback(keras.callbacks.Callback):  # type: ignore[misc]  # kera
         """Load the aggregate of the last round."""
         self._go_on_from(None)
         self._collect()
+        if self._remembered is not None:
+            # Its aggregate is in the model now: a later fit must not load it over other weights.
+            self._remember(self._remembered)
         self._engine.close()
         self._connection.close()
         self._display.fit_ends()
@@ -241,6 +246,7 @@ class BranchKeyCallback(keras.callbacks.Callback):  # type: ignore[misc]  # kera
             self._samples = state["samples"]
 
     def _remember(self, epoch: int) -> None:
+        self._remembered = epoch
         if self._epochs is not None:
             self._epochs.put(epoch + 1, {"rounds": self._engine.state_dict(), "samples": self._samples})
 

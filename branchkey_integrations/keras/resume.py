@@ -45,7 +45,7 @@ class EpochStates:
     """
 
     def __init__(self, folder: str, leaf_id: str) -> None:
-        self._path = os.path.join(folder, f"{file_name(leaf_id)}.epochs.json")
+        self._path = os.path.join(os.path.abspath(folder), f"{file_name(leaf_id)}.epochs.json")
 
     def put(self, epoch: int, state: Mapping[str, Any]) -> None:
         """Keep how things stand when ``epoch`` epochs are over; a full disk costs a warning."""

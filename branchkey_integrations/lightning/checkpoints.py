@@ -31,6 +31,7 @@ def journal_folder(trainer: Any) -> str | None:
         str(folder) for folder in (getattr(each, "dirpath", None) for each in trainer.checkpoint_callbacks) if folder
     ]
     place = os.path.dirname(os.path.abspath(chosen[0])) if chosen else str(trainer.default_root_dir)
+    place = place if "://" in place else os.path.abspath(place)
     return None if "://" in (chosen or [place])[0] else os.path.join(place, "branchkey")
 
 

@@ -187,12 +187,9 @@ class BranchKeyHook:
         def load() -> None:
             calls, rounds = state.get("calls"), state.get("rounds")
             if not isinstance(calls, int) or not isinstance(rounds, Mapping):
-                raise ConfigurationError(
-                    what="state",
-                    expected="what state_dict() gave",
-                    found=f"keys {', '.join(map(str, state)) or 'none'}",
-                    fix="Pass the state of a BranchKeyHook",
-                )
+                found = f"keys {', '.join(map(str, state)) or 'none'}"
+                fix = "Pass the state of a BranchKeyHook"
+                raise ConfigurationError(what="state", expected="what state_dict() gave", found=found, fix=fix)
             self._engine.load_state_dict(rounds)
             self._calls = calls
 
@@ -205,8 +202,10 @@ class BranchKeyHook:
     def close(self) -> None:
         """Refuse further rounds, and close the client if the hook made it. May be repeated."""
         self._closed = True
-        self._engine.close()
-        self._release()
+        try:
+            self._engine.close()
+        finally:
+            self._release()
 
     def _release(self) -> None:
         owned, self._owned = self._owned, None

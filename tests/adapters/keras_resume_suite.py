@@ -112,6 +112,26 @@ def test_without_a_backup_nothing_is_kept(sandbox, client, tmp_path, monkeypatch
     assert os.listdir(tmp_path) == []
 
 
+def test_weights_that_are_loaded_after_a_fit_that_ended_are_not_overwritten_by_its_last_aggregate(tmp_path):
+    with Halving() as branch:
+        fit(branch, tmp_path)
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), keras.layers.Dense(1)])
+        model.compile("sgd", "mse", jit_compile=False)
+        model.layers[-1].bias.assign([7.0])
+        seen = []
+        look = keras.callbacks.LambdaCallback(
+            on_epoch_begin=lambda epoch, logs: seen.append(numpy(model.layers[-1].bias).tolist())
+        )
+        with Client(branch.credentials[0].to_dict(), branch.url, output_dir=tmp_path / "out") as client:
+            callback = BranchKeyCallback(client, journal=tmp_path / "backup-branchkey", timeout_s=20)
+            model.fit(
+                np.ones((4, 3), "f4"), np.ones(4, "f4"), verbose=0,
+                initial_epoch=EPOCHS, epochs=EPOCHS + 1, callbacks=[callback, look],
+            )  # fmt: skip
+        assert seen == [[7.0]]
+        assert callback.round == EPOCHS + 1
+
+
 def test_a_fit_that_begins_anew_forgets_what_was_kept(tmp_path):
     with Halving() as branch:
         fit(branch, tmp_path, ("end", 1))
