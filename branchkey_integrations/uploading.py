@@ -152,7 +152,8 @@ class Uploader:
 
     def close(self) -> None:
         """End the thread. What it is sending gets half a minute; what only waits to be sent does not go any more."""
-        started = self._client.run_status == STARTED
+        # Other ranks have no client to ask, and send nothing.
+        started = not self._thread.busy or self._client.run_status == STARTED
         with self._step:
             # Packing is no waiting: what was given to be sent a moment ago still goes.
             idle = not self._under_way and not started
