@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from branchkey_integrations.sandbox import Sandbox
+from tests.support.commands import REPOSITORY
 from tests.support.crashes import Steps, in_a_thread, life, process
 from tests.support.halving import Halving
 
@@ -95,8 +96,10 @@ def test_the_steps_of_a_life_are_those_that_can_go_wrong(undisturbed: tuple[byte
 
 @pytest.mark.parametrize("step", ["after upload is answered", "layer 0 loaded"])
 def test_a_process_that_is_really_killed_goes_on_as_if_nothing_had_been(
-    branch: Sandbox, tmp_path: Path, undisturbed: tuple[bytes, list[str]], step: str
+    branch: Sandbox, tmp_path: Path, undisturbed: tuple[bytes, list[str]], step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The child imports this file, also where the package is the installed one and this folder is on no path.
+    monkeypatch.syspath_prepend(str(REPOSITORY))
     image, names = undisturbed
     lives = Lives(branch, tmp_path / "leaf")
     context = multiprocessing.get_context("spawn")
