@@ -75,12 +75,21 @@ def _load(
         store.write(layers)
     except LayoutError as error:
         raise rejected(aggregation_id, error) from error
-    except BaseException as error:
-        mixed = isinstance(error, MixedModelError)
-        if kept is not None and (mixed or not isinstance(error, BranchKeyError)):
+    except MixedModelError as error:
+        if kept is None:
+            raise
+        store.write(kept)
+        raise DownloadError(
+            what=f"aggregate {aggregation_id}",
+            expected="one that can be loaded whole",
+            found=error.found,
+            fix="The weights from before were put back; it can be collected again",
+        ) from error
+    except BranchKeyError:
+        raise  # nothing was written
+    except BaseException:
+        if kept is not None:
             store.write(kept)
-            if mixed:
-                raise _not_loaded(aggregation_id, error) from error
         raise
     if kept is not None:
         try:
@@ -90,15 +99,6 @@ def _load(
             store.write(kept)
             raise
     return norm
-
-
-def _not_loaded(aggregation_id: str, error: BaseException) -> DownloadError:
-    return DownloadError(
-        what=f"aggregate {aggregation_id}",
-        expected="one that can be loaded whole",
-        found=getattr(error, "found", ""),
-        fix="The weights from before were put back; it can be collected again",
-    )
 
 
 def name_layer(error: BranchKeyError, layout: Layout | None) -> None:

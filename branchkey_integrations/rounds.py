@@ -185,7 +185,7 @@ class RoundEngine:
                     self._pending = waits
         except BaseException:
             # An interrupt before the platform can have all of it: nothing is to be waited for.
-            if self.options.wait and not self._uploader.posted:
+            if self.options.wait and update is not None and not self._uploader.may_have_left(update):
                 self._pending = None
             raise
         return self._note(self._outcome("pending"))
@@ -293,7 +293,7 @@ class RoundEngine:
         """Keep a round open that may have been received: an aggregate may come, and sending again could count it twice."""
         if self._pending is not None:
             logger.warning("round %d: %s", self._pending.round, error)
-            self._pending = replace(self._pending, digest=error.digest, waits=False)
+            self._pending = replace(self._uploader.as_left(self._pending), digest=error.digest, waits=False)
 
     def _await_id(self, waiting: bool) -> str:
         pending = self._pending

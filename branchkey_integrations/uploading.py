@@ -65,14 +65,12 @@ class Update:
 
 @dataclass
 class _Departure:
-    """Say when an update really left: the moment among arriving aggregates, and the run that takes it."""
+    """Say how an update really left: at which moment among arriving aggregates, into which run, and how far it came."""
 
+    update: Update
     mark: int
     run: int | None
-
-    def of(self, update: Update) -> Update:
-        """Give the update as it left."""
-        return replace(update, mark=self.mark, run=self.run)
+    posted: bool = False
 
 
 class Uploader:
@@ -89,8 +87,7 @@ class Uploader:
         self._notes = notes
         self._spool = spool
         self._waiting = False
-        #: Whether the platform may have all of the update that was sent last.
-        self.posted = False
+        self._departure: _Departure | None = None
         self._closing = threading.Event()
         self._under_way = False
         self._step = threading.Lock()
@@ -111,8 +108,7 @@ class Uploader:
         return self._send(update, arrays, late=False)
 
     def _send(self, update: Update, arrays: Sequence[Any], *, late: bool) -> PendingRound:
-        departure = _Departure(update.mark, update.run)
-        note = self._noting(update, departure, late=late)
+        note = self._noting(update, update.mark, late=late)
         try:
             upload_id = self._client.upload(arrays, update.weighting, metadata=_metadata(update), note=note)
         except UploadUncertainError:
@@ -122,7 +118,7 @@ class Uploader:
             raise
         finally:
             self._under_way = False
-        return self._sent(departure.of(update), upload_id)
+        return self._sent(update, upload_id)
 
     def start(self, update: Update, arrays: Sequence[Any]) -> None:
         """Begin to send an update in a thread; ``arrays`` must not change. :meth:`take` gives what became of it."""
@@ -149,6 +145,17 @@ class Uploader:
             BranchKeyError: as :meth:`send`.
         """
         return self._thread.take()
+
+    def may_have_left(self, update: Update) -> bool:
+        """Tell whether the platform may have all of an update, as far as is known here."""
+        return self._departure is not None and self._departure.update is update and self._departure.posted
+
+    def as_left(self, pending: PendingRound) -> PendingRound:
+        """Give a round with the moment at which its update really left, and the run that it left into."""
+        left = self._departure
+        if left is None or left.update.round != pending.round:
+            return pending
+        return replace(pending, mark=left.mark, run=left.run)
 
     def close(self) -> None:
         """End the thread. What it is sending gets half a minute; what only waits to be sent does not go any more."""
@@ -233,8 +240,7 @@ class Uploader:
             delay = min(2 * delay, LONGEST_DELAY_S)
             if spool.replaced(update.update_id):
                 return None
-            departure = _Departure(self._client.mark(), update.run)
-            note = self._noting(update, departure, late=True)
+            note = self._noting(update, self._client.mark(), late=True)
             # Training that may not wait must not wait for this try either.
             self._waiting = False
             try:
@@ -257,15 +263,15 @@ class Uploader:
             spool.drop(update.update_id)
             # A warning said that it waits; whoever read that wants to know.
             logger.warning("round %d: the link is back and its update was sent", update.round)
-            return self._sent(departure.of(update), upload_id)
+            return self._sent(update, upload_id)
         return None
 
     # --- what goes along with an upload, and follows it --------------------------------------------------------------
 
-    def _noting(self, update: Update, departure: _Departure, *, late: bool) -> Note:
+    def _noting(self, update: Update, mark: int, *, late: bool) -> Note:
         """Give what the client calls in each step of an upload; ``late``: training may have gone on since it was made."""
         noted, closing = self._notes.of_upload(update.round, update.layout), self._closing
-        self.posted = False
+        departure = self._departure = _Departure(update, mark, update.run)
 
         def note(step: str, digest: str, size_bytes: int) -> None:
             if step == "ready":
@@ -285,8 +291,8 @@ class Uploader:
                 departure.run = number
             if noted is not None:
                 noted(step, digest, size_bytes)
-            if step == "posted":
-                self.posted = True
+            # Sending again means that the try before was not taken.
+            departure.posted = step == "posted"
 
         return note
 
@@ -296,15 +302,10 @@ class Uploader:
         if update.metrics:
             self._report(*_report_of(update))
         self._report_kept()
-        return PendingRound(
-            update.round,
-            update.mark,
-            upload_id,
-            receipt.digest if receipt else "",
-            receipt.size_bytes if receipt else 0,
-            compression=receipt.compression if receipt else "",
-            run=update.run,
-        )
+        sent = replace(self.as_left(update.pending), upload_id=upload_id)
+        if receipt is None:
+            return sent
+        return replace(sent, digest=receipt.digest, uploaded_bytes=receipt.size_bytes, compression=receipt.compression)
 
     def _report(self, about: str, numbers: Mapping[str, float], mode: str) -> None:
         """Send metrics; a platform that does not take them is no reason to lose a round."""

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from branchkey_integrations import uploading
-from branchkey_integrations.errors import RoundTimeoutError
+from branchkey_integrations.errors import ClientClosedError, JournalError, RoundTimeoutError
 from branchkey_integrations.rounds import RoundEngine
 from branchkey_integrations.sandbox import Sandbox
-from tests.support.rounds import connect, engine_of, step, wait
+from tests.support.rounds import connect, engine_of, lost_answer, step, wait
 from tests.support.stores import small_store
 
 OLD = [np.full((2, 3), 9, "f4"), np.full(3, 9, "f4")]
@@ -93,7 +93,10 @@ def _interrupted_at(client: Any, monkeypatch: pytest.MonkeyPatch, *steps: str) -
     monkeypatch.setattr(client._api, "upload", upload)
 
 
-@pytest.mark.parametrize(("steps", "pending"), [((), False), (("sending",), False), (("sending", "posted"), True)])
+@pytest.mark.parametrize(
+    ("steps", "pending"),
+    [((), False), (("sending",), False), (("sending", "posted"), True), (("sending", "posted", "sending"), False)],
+)
 def test_an_interrupt_leaves_a_round_open_only_where_the_platform_may_have_all_of_it(
     sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: tuple[str, ...], pending: bool
 ) -> None:
@@ -120,22 +123,51 @@ def test_an_interrupt_leaves_a_round_open_only_where_the_platform_may_have_all_o
         engine.close()
 
 
+@pytest.mark.parametrize("noted", [True, False])
 def test_what_a_closed_training_has_waiting_for_the_run_does_not_go_out_with_the_next(
-    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+    sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, noted: bool
 ) -> None:
     monkeypatch.setattr(uploading, "_CLOSING_S", 1000.0)  # it is not sent, so nothing is waited for
+    monkeypatch.setattr(uploading, "_FAREWELL_S", 0.05)
     with connect(sandbox, wait_for_run=True, run_check_interval_s=0.1) as client:
         sandbox.pause()
         wait(lambda: client.run_status == "pause")
-        first, second = (engine_of(client, wait=False) for _ in range(2))
+        first, second = (engine_of(client, wait=False, journal=tmp_path if noted else False) for _ in range(2))
         first.submit(small_store(2.0), samples=1)
         first.close()
+        assert first._uploader._thread.busy
         second.submit(small_store(3.0), samples=1)
         sandbox.start()
         second._uploader._thread.join(20)
         first._uploader._thread.join(20)
+        with pytest.raises(ClientClosedError, match=r"update of round 1\. Its training was closed"):
+            first._uploader.take()
         assert [upload.layers[0][0, 0] for upload in sandbox.uploads] == [3.0]
         second.close()
+
+
+def test_nothing_is_sent_that_a_closed_journal_does_not_learn_of(
+    sandbox: Sandbox, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploading, "_CLOSING_S", 0.05)
+    with connect(sandbox) as client:
+        engine = engine_of(client, wait=False, journal=tmp_path)
+        begun, go, upload = threading.Event(), threading.Event(), client._api.upload
+
+        def slow(*args: Any) -> str:
+            begun.set()
+            assert go.wait(20)
+            return upload(*args)
+
+        monkeypatch.setattr(client._api, "upload", slow)
+        engine.submit(small_store(), samples=1)
+        assert begun.wait(20)
+        engine.close()
+        go.set()
+        engine._uploader._thread.join(20)
+        with pytest.raises(JournalError, match="closed meanwhile"):
+            engine._uploader.take()
+        assert sandbox.uploads == []
 
 
 def test_an_aggregate_that_came_before_the_update_could_leave_is_no_answer_to_it(sandbox: Sandbox) -> None:
@@ -210,3 +242,23 @@ def test_a_journal_stays_where_it_is_when_the_script_changes_its_folder(
         engine.close()
     assert [path.suffix for path in (tmp_path / "notes").iterdir()] == [".jsonl"]
     assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_an_update_whose_answer_is_lost_counts_in_the_run_that_it_left_into(sandbox: Sandbox) -> None:
+    store = small_store()
+    with connect(sandbox, wait_for_run=True, run_check_interval_s=0.1) as client:
+        engine = engine_of(client, on_error="keep_local")
+        sandbox.pause()
+        wait(lambda: client.run_status == "pause")
+        with sandbox.intercept("upload", lost_answer):
+            sender = threading.Thread(target=lambda: engine.submit(store, samples=1))
+            sender.start()
+            wait(lambda: sandbox.hits("run") >= 2)
+            sandbox.publish(OLD)
+            wait(lambda: not client.queue.empty())
+            new_run(sandbox)
+            sender.join(20)
+        assert (engine.history[-1].status, state_of(engine)["pending"]["run"]) == ("pending", 2)
+        right = sandbox.publish([array * 5 for array in store.read()])
+        outcome = engine.collect(store)
+        assert (outcome.status, outcome.aggregation_id, store.arrays["weight"][0, 0]) == ("applied", right, 5.0)

@@ -16,7 +16,7 @@ import pytest
 
 from branchkey_integrations.client import Client
 from branchkey_integrations.config import RetryPolicy
-from branchkey_integrations.errors import ApiError, ClientClosedError, JournalError, RoundTimeoutError
+from branchkey_integrations.errors import ApiError, JournalError, RoundTimeoutError
 from branchkey_integrations.journal import Journal
 from branchkey_integrations.options import RoundOptions
 from branchkey_integrations.rounds import RoundEngine
@@ -308,25 +308,6 @@ def test_rounds_after_the_run_was_started_anew_are_known_as_that_runs(tmp_path: 
             again = engine.submit(store, samples=1)
             assert (again.upload_id, "not sent again" in again.reason) == (sent.upload_id, True)
         assert sandbox.hits("upload") == 2
-
-
-def test_nothing_is_sent_that_a_closed_journal_does_not_learn_of(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("branchkey_integrations.uploading._FAREWELL_S", 0.05)
-    with Sandbox(leaves=1) as sandbox, Training(sandbox, 0, tmp_path).engine(wait=False) as engine:
-        client: Any = engine.client
-        client.wait_for_run = True
-        sandbox.pause()
-        _wait(lambda: client.run_status == "pause")
-        engine.submit(small_store(), samples=1)
-        engine.close()
-        assert engine._uploader._thread.busy
-        sandbox.start()
-        engine._uploader._thread.join(20)
-        with pytest.raises(ClientClosedError, match=r"update of round 1\. Its training was closed"):
-            engine._uploader.take()
-        assert sandbox.uploads == []
 
 
 def test_an_unread_aggregate_does_not_take_the_place_of_a_newer_one(tmp_path: Path) -> None:

@@ -125,10 +125,6 @@ class Store:
         """Write the credentials file of leaf ``index``."""
         self._write_private(f"leaf-{index}.json", credentials)
 
-    def credentials_path(self, index: int) -> str:
-        """Give the path of the credentials file of leaf ``index``."""
-        return self._in(f"leaf-{index}.json")
-
     def _write_private(self, name: str, content: Any) -> None:
         temporary = self._in(name + ".tmp")
         # Created private: a file that is opened to all and closed to them later can be read in between.

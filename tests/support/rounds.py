@@ -9,6 +9,7 @@ from typing import Any
 
 from branchkey_integrations.client import Client
 from branchkey_integrations.config import RetryPolicy
+from branchkey_integrations.errors import BranchKeyError, ClientClosedError
 from branchkey_integrations.options import RoundOptions
 from branchkey_integrations.outcome import RoundOutcome
 from branchkey_integrations.rounds import RoundEngine
@@ -33,6 +34,12 @@ def step(engine: RoundEngine, store: NumpyStore, samples: float = 10, **more: An
     return engine.collect(store) if sent.status == "pending" else sent
 
 
+def lost_answer(call: Any) -> Answer:
+    """Take the update, and let the answer get lost."""
+    call.proceed()
+    return LOST
+
+
 def swallow(call: Any) -> Answer:
     """Take the update, and never make an aggregate of it."""
     call.read()
@@ -53,3 +60,24 @@ def until_applied(engine: RoundEngine, store: NumpyStore) -> RoundOutcome:
         if outcome.status == "applied":
             return outcome
         assert time.monotonic() < deadline
+
+
+def assert_ends_at_once(client: Client, call: Callable[[], Any], waits: Callable[[], Any]) -> None:
+    """Close the client while another thread waits in ``call``, and demand that it learns so at once."""
+    caught: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BranchKeyError as error:
+            caught.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    wait(waits)
+    began = time.monotonic()
+    client.close()
+    thread.join(5)
+    assert not thread.is_alive()
+    assert time.monotonic() - began < 2.5
+    assert [type(error) for error in caught] == [ClientClosedError]
