@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,23 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 pytest_plugins = ["pytester", "tests.support.guards", "tests.support.rabbitmq"]
 
 _WITHOUT_RABBITMQ = "--without-rabbitmq"
+
+
+@pytest.fixture
+def late_updates_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have updates that wait for the link tried again in no time."""
+    monkeypatch.setattr("branchkey_integrations.uploading.FIRST_DELAY_S", 0.02)
+    monkeypatch.setattr("branchkey_integrations.uploading.LONGEST_DELAY_S", 0.05)
+
+
+@pytest.fixture
+def folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Run a test in an empty folder: the documented calls write model_weights.npz and aggregated_files/ where they are."""
+    folder = tmp_path / "current"
+    folder.mkdir()
+    with monkeypatch.context() as patch:
+        patch.chdir(folder)
+        yield
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -32,6 +32,9 @@ from tests.support.documentation import PLATFORM, Branch, run, saved
 _TIMEOUT_S = 10
 
 
+pytestmark = pytest.mark.usefixtures("folder_of_its_own")
+
+
 @pytest.fixture(scope="module", params=["websocket", pytest.param("amqp", marks=pytest.mark.rabbitmq)])
 def node(request: pytest.FixtureRequest) -> Iterator[PrivateBroker | None]:
     if request.param == "websocket":
@@ -61,16 +64,6 @@ def sandbox() -> Iterator[Sandbox]:
 def client(sandbox: Sandbox) -> Iterator[Client]:
     with Client(sandbox.credentials[0].to_dict(), host=sandbox.url) as opened:
         yield opened
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # The documented calls write model_weights.npz and aggregated_files/ to the current folder.
-    folder = tmp_path / "current"
-    folder.mkdir()
-    with monkeypatch.context() as patch:
-        patch.chdir(folder)
-        yield
 
 
 def only_upload(sandbox: Sandbox) -> Any:

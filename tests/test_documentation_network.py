@@ -23,6 +23,9 @@ from tests.support.tls import private_tls
 _TIMEOUT_S = 10
 
 
+pytestmark = pytest.mark.usefixtures("folder_of_its_own")
+
+
 @pytest.fixture
 def sandbox() -> Iterator[Sandbox]:
     with Sandbox() as opened:
@@ -33,16 +36,6 @@ def sandbox() -> Iterator[Sandbox]:
 def client(sandbox: Sandbox) -> Iterator[Client]:
     with Client(sandbox.credentials[0].to_dict(), host=sandbox.url) as opened:
         yield opened
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # The documented calls write model_weights.npz and aggregated_files/ to the current folder.
-    folder = tmp_path / "current"
-    folder.mkdir()
-    with monkeypatch.context() as patch:
-        patch.chdir(folder)
-        yield
 
 
 # --- proxies --------------------------------------------------------------------------------------------------------------

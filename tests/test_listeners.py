@@ -13,7 +13,6 @@ import pytest
 
 from branchkey_integrations.config import RetryPolicy
 from branchkey_integrations.errors import (
-    BranchKeyError,
     ClientClosedError,
     NotificationError,
     UnreachableError,
@@ -27,6 +26,7 @@ from tests.support.channels import (
     close_in_time,
     our_threads,
     started,
+    starting,
     wait_until,
     warnings_of_listeners,
 )
@@ -241,21 +241,9 @@ def test_a_peer_that_says_nothing_is_given_up_at_the_deadline(channel: Channel) 
 def test_close_ends_a_start_that_hangs(channel: Channel, where: object) -> None:
     with where() as port:  # type: ignore[operator]
         listener = channel.listener(port=port)
-        raised: list[BranchKeyError] = []
-
-        def start() -> None:
-            try:
-                listener.start(60)
-            except BranchKeyError as error:
-                raised.append(error)
-
-        starter = threading.Thread(target=start)
-        starter.start()
-        wait_until(lambda: listener._interrupt is not None or (channel.name == "websocket" and listener.alive))
-        close_in_time(listener)
-        starter.join(2)
-        assert not starter.is_alive()
-    assert [type(error) for error in raised] == [ClientClosedError]
+        with starting(listener):
+            wait_until(lambda: listener._interrupt is not None or (channel.name == "websocket" and listener.alive))
+            close_in_time(listener)
 
 
 def test_close_when_idle(channel: Channel) -> None:

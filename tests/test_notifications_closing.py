@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import socket
 import ssl
 import threading
@@ -13,9 +12,7 @@ from typing import Any
 
 import pytest
 
-from branchkey_integrations.errors import BranchKeyError, ClientClosedError
 from branchkey_integrations.listeners import amqp_link, base
-from branchkey_integrations.listeners.base import ThreadedListener
 from branchkey_integrations.sandbox import Sandbox
 from tests.support.channels import (
     AmqpChannel,
@@ -23,6 +20,7 @@ from tests.support.channels import (
     close_in_time,
     our_threads,
     started,
+    starting,
     wait_until,
     warnings_of_listeners,
 )
@@ -63,28 +61,6 @@ def secure_websocket(tmp_path: Path) -> Iterator[WebSocketChannel]:
     context.load_cert_chain(*private_tls(tmp_path).pair)
     with websocket_server(context) as server:
         yield WebSocketChannel(server)
-
-
-@contextlib.contextmanager
-def starting(listener: ThreadedListener) -> Iterator[None]:
-    """Start in a thread for the block, which closes the listener; the start must end with it, and say why."""
-    raised: list[BranchKeyError] = []
-
-    def start() -> None:
-        try:
-            listener.start(60)
-        except BranchKeyError as error:
-            raised.append(error)
-
-    starter = threading.Thread(target=start)
-    starter.start()
-    try:
-        yield
-    finally:
-        listener.close()
-        starter.join(2)
-    assert not starter.is_alive()
-    assert [type(error) for error in raised] == [ClientClosedError]
 
 
 # --- AMQP ---------------------------------------------------------------------------------------------------------------

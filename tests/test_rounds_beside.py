@@ -20,32 +20,17 @@ from branchkey_integrations.errors import ApiError, UnreachableError
 from branchkey_integrations.options import RoundOptions
 from branchkey_integrations.rounds import RoundEngine
 from branchkey_integrations.sandbox import Answer, Sandbox
-from tests.support.offline import DOWN, ONCE, leaf, waiting
+from tests.support.offline import DOWN, ONCE, Held, leaf, waiting
 from tests.support.rounds import wait
 from tests.support.stores import NumpyStore, small_store
+
+pytestmark = pytest.mark.usefixtures("late_updates_soon")
 
 
 @pytest.fixture
 def sandbox() -> Iterator[Sandbox]:
     with Sandbox(leaves=1) as opened:
         yield opened
-
-
-@pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploading, "FIRST_DELAY_S", 0.02)
-    monkeypatch.setattr(uploading, "LONGEST_DELAY_S", 0.05)
-
-
-class Held:
-    """Let uploads through only when told to."""
-
-    def __init__(self) -> None:
-        self.go = threading.Event()
-
-    def __call__(self, call: Any) -> Any:
-        assert self.go.wait(20)
-        return call.proceed()
 
 
 def refused(call: Any) -> Answer:

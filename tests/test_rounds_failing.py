@@ -21,7 +21,7 @@ from branchkey_integrations.errors import (
 from branchkey_integrations.gate import Gate
 from branchkey_integrations.sandbox import Answer, Sandbox
 from tests.support.archives import header, npy, zipped
-from tests.support.rounds import LOST, connect, engine_of, step, swallow
+from tests.support.rounds import LOST, connect, engine_of, lost_answer, step, swallow
 from tests.support.stores import RefusingStore, small_store
 
 
@@ -59,12 +59,8 @@ def test_a_refused_upload_raises_or_is_skipped_with_one_warning(
 
 
 def test_an_upload_whose_answer_was_lost_is_waited_for_and_never_sent_again(sandbox: Sandbox, client: Client) -> None:
-    def stored(call: Any) -> Answer:
-        call.proceed()
-        return LOST
-
     strict, lenient, store = engine_of(client), engine_of(client, on_error="keep_local"), small_store()
-    with sandbox.intercept("upload", stored):
+    with sandbox.intercept("upload", lost_answer):
         with pytest.raises(UploadUncertainError):
             strict.submit(store, samples=1)
         # It did arrive, and so does its aggregate; taken here, so that the next round cannot mistake it for its own.

@@ -13,25 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from branchkey_integrations import uploading
 from branchkey_integrations.background import Background
 from branchkey_integrations.errors import ApiError, UnreachableError
 from branchkey_integrations.sandbox import Answer, Sandbox
-from tests.support.offline import DOWN, leaf, waiting
-from tests.support.rounds import swallow, wait
+from tests.support.offline import DOWN, Held, leaf, waiting
+from tests.support.rounds import lost_answer, swallow, wait
 from tests.support.stores import small_store
+
+pytestmark = pytest.mark.usefixtures("late_updates_soon")
 
 
 @pytest.fixture
 def sandbox() -> Iterator[Sandbox]:
     with Sandbox(leaves=1) as opened:
         yield opened
-
-
-@pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploading, "FIRST_DELAY_S", 0.02)
-    monkeypatch.setattr(uploading, "LONGEST_DELAY_S", 0.05)
 
 
 def test_an_update_waits_on_the_disk_and_is_sent_and_answered_when_the_link_is_back(
@@ -180,12 +175,8 @@ def test_what_the_platform_refuses_for_good_does_not_wait(sandbox: Sandbox, tmp_
 
 
 def test_an_upload_whose_answer_was_lost_does_not_wait_to_be_sent_again(sandbox: Sandbox, tmp_path: Path) -> None:
-    def lost(call: Any) -> Answer:
-        call.proceed()
-        return Answer(502, b"<html>", "text/html")
-
     with leaf(sandbox, tmp_path) as engine:
-        with sandbox.intercept("upload", lost):
+        with sandbox.intercept("upload", lost_answer):
             assert engine.submit(small_store(), samples=1).status == "pending"
         assert waiting(tmp_path) == []
         assert engine.collect(small_store()).status == "applied"
@@ -196,12 +187,8 @@ def test_an_upload_whose_answer_was_lost_does_not_wait_to_be_sent_again(sandbox:
 def test_an_update_that_may_have_been_received_is_not_sent_by_the_next_process(
     sandbox: Sandbox, tmp_path: Path, beside: bool
 ) -> None:
-    def lost(call: Any) -> Answer:
-        call.proceed()
-        return Answer(502, b"<html>", "text/html")
-
     store = small_store()
-    with leaf(sandbox, tmp_path, wait=not beside) as engine, sandbox.intercept("upload", lost):
+    with leaf(sandbox, tmp_path, wait=not beside) as engine, sandbox.intercept("upload", lost_answer):
         start = engine.state_dict()
         engine.submit(store, samples=1)
         engine._uploader._thread.join(20)
@@ -217,14 +204,10 @@ def test_an_update_that_may_have_been_received_is_not_sent_by_the_next_process(
 def test_an_update_that_waited_and_may_have_been_received_is_not_sent_again_and_is_answered(
     sandbox: Sandbox, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def lost(call: Any) -> Answer:
-        call.proceed()
-        return Answer(502, b"<html>", "text/html")
-
     with leaf(sandbox, tmp_path) as engine:
         with sandbox.intercept("upload", DOWN):
             engine.submit(small_store(), samples=1)
-        with sandbox.intercept("upload", lost) as met:
+        with sandbox.intercept("upload", lost_answer) as met:
             wait(lambda: waiting(tmp_path) == [])
             engine._uploader._thread.join(20)
         assert met.count == 1
@@ -265,17 +248,6 @@ def test_closing_ends_the_thread_and_leaves_the_update_for_the_next_process(sand
 
 
 # --- beside training -----------------------------------------------------------------------------------------------------
-
-
-class Held:
-    """Let uploads through only when told to."""
-
-    def __init__(self) -> None:
-        self.go = threading.Event()
-
-    def __call__(self, call: Any) -> Any:
-        assert self.go.wait(20)
-        return call.proceed()
 
 
 def test_without_waiting_an_update_is_sent_beside_training_as_it_was(sandbox: Sandbox, tmp_path: Path) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from branchkey_integrations import uploading
 from branchkey_integrations.journal import Journal
 from branchkey_integrations.rounds import RoundEngine
 from branchkey_integrations.sandbox import Sandbox
@@ -17,17 +16,13 @@ from tests.support.offline import DOWN, leaf, waiting
 from tests.support.rounds import step, wait
 from tests.support.stores import small_store
 
+pytestmark = pytest.mark.usefixtures("late_updates_soon")
+
 
 @pytest.fixture
 def sandbox() -> Iterator[Sandbox]:
     with Sandbox(leaves=1) as opened:
         yield opened
-
-
-@pytest.fixture(autouse=True)
-def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(uploading, "FIRST_DELAY_S", 0.02)
-    monkeypatch.setattr(uploading, "LONGEST_DELAY_S", 0.05)
 
 
 def new_run(sandbox: Sandbox) -> None:

@@ -27,14 +27,7 @@ _KERAS_S = 100
 _SAMPLES = 1530
 
 
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    # The documented calls write model_weights.npz and aggregated_files/ to the current folder.
-    folder = tmp_path / "current"
-    folder.mkdir()
-    with monkeypatch.context() as patch:
-        patch.chdir(folder)
-        yield
+pytestmark = pytest.mark.usefixtures("folder_of_its_own")
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from branchkey_integrations.errors import ConfigurationError, LayoutError
@@ -13,18 +12,6 @@ from branchkey_integrations.torch.parameters import TorchParameters
 from tests.support.torch_parameters import assert_same_bits, bits, compiled, names
 
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def process_group(tmp_path_factory):
-    patch = pytest.MonkeyPatch()
-    patch.setenv("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        "gloo", init_method=f"file://{tmp_path_factory.mktemp('group')}/store", rank=0, world_size=1
-    )
-    yield
-    dist.destroy_process_group()
-    patch.undo()
 
 
 # ---- refused, with nothing written --------------------------------------------------------------------------------

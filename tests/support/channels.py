@@ -13,7 +13,7 @@ from websockets.sync.client import ClientConnection
 
 from branchkey_integrations.config import RetryPolicy, Verify
 from branchkey_integrations.credentials import Credentials
-from branchkey_integrations.errors import BranchKeyError
+from branchkey_integrations.errors import BranchKeyError, ClientClosedError
 from branchkey_integrations.events import AggregateReady, Notification
 from branchkey_integrations.listeners.amqp import AmqpListener
 from branchkey_integrations.listeners.base import ThreadedListener
@@ -25,6 +25,28 @@ from tests.support.websocket_server import WebSocketServer
 #: Reconnects fast, so that tests do not wait; still with a pause that doubles.
 QUICK = RetryPolicy(backoff_s=0.1, backoff_max_s=0.4)
 PATIENCE_S = 15.0
+
+
+@contextmanager
+def starting(listener: ThreadedListener) -> Iterator[None]:
+    """Start in a thread for the block, which closes the listener; the start must end with it, and say why."""
+    raised: list[BranchKeyError] = []
+
+    def start() -> None:
+        try:
+            listener.start(60)
+        except BranchKeyError as error:
+            raised.append(error)
+
+    starter = threading.Thread(target=start)
+    starter.start()
+    try:
+        yield
+    finally:
+        listener.close()
+        starter.join(2)
+    assert not starter.is_alive()
+    assert [type(error) for error in raised] == [ClientClosedError]
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float = PATIENCE_S) -> Any:

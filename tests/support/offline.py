@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,17 @@ from branchkey_integrations.sandbox import Answer, Sandbox
 #: What a broken link looks like to a client that may not try again.
 DOWN = Answer.json({"error": "away"}, 503)
 ONCE = RetryPolicy(attempts=1, backoff_s=0.01, backoff_max_s=0.02, budget_s=0.1)
+
+
+class Held:
+    """Let uploads through only when told to."""
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+
+    def __call__(self, call: Any) -> Any:
+        assert self.go.wait(20)
+        return call.proceed()
 
 
 @contextmanager

@@ -8,23 +8,13 @@ from torch import nn
 
 from branchkey_integrations import Client
 from branchkey_integrations.errors import BranchKeyError
+from tests.support.torch_nets import Net
 
 torch.set_num_threads(1)
 
 
 def where(branch):
     return branch.url, branch.credentials[0].to_dict()
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.body = nn.Linear(3, 4)
-        self.norm = nn.BatchNorm1d(4)
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x):
-        return self.head(self.norm(self.body(x)).relu())
 
 
 def make(seed=0):
